@@ -1,0 +1,22 @@
+"""hf_paged: vLLM-class text generation inside a Hugging Face process."""
+
+from hf_paged.config import EngineConfig
+from hf_paged.model.introspect import UnsupportedModelError
+from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+from hf_paged.wrap import PagedGenerationMixin, unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "PagedGenerationMixin",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "UnsupportedModelError",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,95 @@
+"""AttentionBackend: what a set of kernels must offer, and the plain data it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+Layout = Literal["NHD", "HND"]
+"""Order of a pool's dimensions: `[pages, page, kv_heads, dim]` or `[pages, kv_heads, page, dim]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """How one layer attends, as seen in a dry forward."""
+
+    index: int
+    """Its place among the attending layers: which pool is its."""
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scaling: float
+    window: int | None = None
+    """Latest positions a row sees, its own included; None is all."""
+    softcap: float | None = None
+    sinks: bool = False
+    """Whether a sink logit per head rides along with each call."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """The rows of one chunk of prefill in a packed batch."""
+
+    row: int
+    """Its first row."""
+    length: int
+    """Rows."""
+    context: int
+    """Tokens of the sequence before these rows, already in its pages."""
+    pages: np.ndarray
+    """int32, the pages that hold context and rows, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One packed step on the host: `num_decodes` rows that are one sequence's each, then the spans' rows."""
+
+    page_size: int
+    decode_lengths: np.ndarray
+    """int64 [B]: tokens each decoding sequence has with this step's included."""
+    decode_pages: np.ndarray
+    """int32 [B, most pages]: their rows of the block table; entries past a sequence's last page are arbitrary."""
+    spans: list[PrefillSpan]
+    write_pages: np.ndarray
+    """int64 [T]: the page each row's key and value go to."""
+    write_offsets: np.ndarray
+    """int64 [T]: the place in that page."""
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decode_lengths)
+
+
+class AttentionBackend(Protocol):
+    """A set of kernels. `plan` works on the host, once per step; `run` on the device, once per layer."""
+
+    layout: Layout
+
+    def plan(self, batch: AttentionBatch, layers: list[LayerSpec]) -> Any:
+        """Whatever `run` needs to know of the step, for all layers at once."""
+
+    def run(
+        self,
+        plan: Any,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Writes the step's keys and values to their pages, then attends.
+
+        Args:
+            query: `[T, H, Dk]`; key, value: `[T, Hkv, Dk]`, `[T, Hkv, Dv]`; any strides.
+            key_pool, value_pool: the layer's pools, in `layout`.
+            sinks: `[H]` or None.
+
+        Returns:
+            `[T, H, Dv]` in the query's dtype. No synchronisation with the host.
+        """

@@ -1,0 +1,1 @@
+"""Paged KV cache: who owns which page (`pages`, `prefix`), and the tensors themselves (`storage`)."""

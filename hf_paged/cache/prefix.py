@@ -1,0 +1,153 @@
+"""PrefixTree: full pages found again by their content. Plain integers, no torch.
+
+A radix tree whose edges are whole pages of tokens (the idea of SGLang's RadixAttention, arXiv 2312.07104, at page
+granularity as in vLLM): the path from the root spells a prompt's prefix, and each node names the page that holds the
+keys and values of its last `page_size` tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from hf_paged.cache.pages import PagePool
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One cached page: its tokens (the edge from the parent), its page id, and how many sequences use it now."""
+
+    tokens: tuple[int, ...]
+    page: int
+    parent: Node | None
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    users: int = 0
+
+
+class PrefixTree:
+    """Cached pages in a tree, least recently used evicted first.
+
+    The tree holds one reference of its own on every page in it. A node is *in use* while a sequence holds it
+    (`match`/`insert` count users up, `release` counts them down). A sequence that uses a node uses all its ancestors,
+    so unused nodes form whole subtrees and every one of them can be evicted, leaves first.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self._root = Node(tokens=(), page=-1, parent=None)
+        self._idle_leaves: OrderedDict[Node, None] = OrderedDict()  # least recently used first
+        self._num_nodes = 0
+        self._num_idle = 0
+        self.epoch = 0
+        """Goes up with every `clear`: a sequence that began before must not cache what it computed then."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the tree."""
+        return self._num_nodes
+
+    @property
+    def num_evictable(self) -> int:
+        """Pages that no sequence uses and that eviction could free."""
+        return self._num_idle
+
+    def match(self, tokens: list[int], limit: int) -> list[Node]:
+        """The longest cached prefix of `tokens`, at most `limit` pages, as nodes from the root down.
+
+        Read-only: call `use` to hold what was found.
+        """
+        size = self.page_size
+        node, path = self._root, []
+        for start in range(0, limit * size, size):
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return path
+
+    def use(self, path: list[Node]) -> list[int]:
+        """Holds every node of a path for one sequence and returns the pages, each with a new reference."""
+        for node in path:
+            if node.users == 0:
+                self._num_idle -= 1
+                self._idle_leaves.pop(node, None)
+            node.users += 1
+        pages = [node.page for node in path]
+        self.pool.retain(pages)
+        return pages
+
+    def insert(self, parent: Node | None, tokens: tuple[int, ...], page: int) -> Node:
+        """Caches a full page below `parent` (None: the root) for the sequence that computed it, and holds the node.
+
+        When the same content is cached already, the existing node is held instead, and the caller should swap its own
+        page for `node.page` (on which it is given a reference): twins that were computed at the same time become one.
+        The caller holds `parent`, and took it after the last `clear` (see `epoch`).
+        """
+        above = parent or self._root
+        node = above.children.get(tokens)
+        if node is not None:
+            if node.page != page:
+                self.use([node])
+                return node
+            raise ValueError(f"page {page} is in the tree already")
+        self.pool.retain([page])
+        node = Node(tokens=tokens, page=page, parent=above, users=1)
+        above.children[tokens] = node
+        self._num_nodes += 1
+        return node
+
+    def release(self, path: list[Node]) -> None:
+        """Lets go of a path that a sequence held (its page references are the pool's business).
+
+        Deepest first, so that the end of a prefix is evicted before its beginning.
+        """
+        for node in reversed(path):
+            node.users -= 1
+            if node.users == 0 and node.parent is not None:  # a flushed node has no parent any more
+                self._num_idle += 1
+                if not node.children:
+                    self._idle_leaves[node] = None
+
+    def share(self, path: list[Node]) -> None:
+        """One more sequence uses the path (a fork); its page references are the pool's business."""
+        for node in path:
+            node.users += 1
+
+    def evict(self, count: int) -> int:
+        """Frees up to `count` pages, least recently used leaves first. Returns how many."""
+        freed = 0
+        while freed < count and self._idle_leaves:
+            node, _ = self._idle_leaves.popitem(last=False)
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.tokens]
+            node.parent = None
+            self._num_nodes -= 1
+            self._num_idle -= 1
+            self.pool.release([node.page])
+            freed += 1
+            if parent.users == 0 and not parent.children and parent.parent is not None:
+                # It was used at least as recently as the child, but among leaves it is now the oldest prefix.
+                self._idle_leaves[parent] = None
+                self._idle_leaves.move_to_end(parent, last=False)
+        return freed
+
+    def clear(self) -> int:
+        """Forgets everything. Pages that sequences hold stay theirs, under no name. Returns the pages let go."""
+        nodes = []
+        stack = list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            nodes.append(node)
+            stack.extend(node.children.values())
+        for node in nodes:
+            node.parent = None
+            node.children = {}
+        self.pool.release([node.page for node in nodes])
+        self._root.children = {}
+        self._idle_leaves.clear()
+        self._num_nodes = self._num_idle = 0
+        self.epoch += 1
+        return len(nodes)

@@ -1,0 +1,111 @@
+"""KVStorage: the tensors behind the page ids."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from hf_paged.attention.backend import LayerSpec, Layout
+from hf_paged.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+CPU_POOL_BYTES = 4 << 30
+"""What a CPU pool takes at most when nobody says. Memory of pages that are never written is never touched."""
+
+
+def page_bytes(layers: list[LayerSpec], page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes in all layers together."""
+    per_token = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    return per_token * page_size * dtype.itemsize
+
+
+def choose_num_pages(
+    config: EngineConfig,
+    layers: list[LayerSpec],
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> int:
+    """Pages for the pool: what the config says, else what fits in the memory that is free.
+
+    Raises:
+        ValueError: the memory does not hold a single page.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    size = page_bytes(layers, page_size, dtype)
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        budget = _free_bytes(device, config.gpu_memory_utilization)
+    useful = config.max_num_seqs * -(-max_model_len // page_size)
+    count = min(budget // size, useful)
+    if count < 1:
+        raise ValueError(
+            f"the KV cache may take {budget:,} bytes and one page of {page_size} tokens takes {size:,}: give it more "
+            "(kv_cache_memory_bytes, gpu_memory_utilization) or free memory first"
+        )
+    logger.info("KV cache: %d pages of %d tokens, %.2f GiB", count, page_size, count * size / 2**30)
+    return int(count)
+
+
+def _free_bytes(device: torch.device, utilization: float) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        used = total - free - reusable
+        return max(0, int(total * utilization) - used)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_POOL_BYTES
+    return min(available // 4, CPU_POOL_BYTES)
+
+
+class KVStorage:
+    """One pool of keys and one of values per attending layer.
+
+    Args:
+        layers: the layers, in order of their `index`.
+        num_pages, page_size: the pool's shape.
+        layout: "NHD": pools are `[pages, page, kv_heads, dim]`; "HND": `[pages, kv_heads, page, dim]`.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerSpec],
+        num_pages: int,
+        page_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: Layout,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for layer in layers:
+            for pools, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
+                inner = (page_size, layer.num_kv_heads) if layout == "NHD" else (layer.num_kv_heads, page_size)
+                # Zeroed: a row that is masked out is still multiplied by weight 0, and 0 times garbage may be NaN.
+                pools.append(torch.zeros(num_pages, *inner, dim, dtype=dtype, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+
+    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copies whole pages, `(from, to)` each, in every layer."""
+        if not copies:
+            return
+        sources, targets = torch.tensor(copies, device=self.keys[0].device).T
+        for pool in (*self.keys, *self.values):
+            pool.index_copy_(0, targets, pool.index_select(0, sources))
+
+    def zero_pages(self, pages: list[int]) -> None:
+        """Wipes pages in every layer: those of a sequence whose keys or values were not finite."""
+        where = torch.tensor(pages, device=self.keys[0].device)
+        for pool in (*self.keys, *self.values):
+            pool.index_fill_(0, where, 0)

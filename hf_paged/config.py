@@ -1,0 +1,70 @@
+"""EngineConfig: every knob of the engine in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is built. The defaults suit most uses.
+
+    Raises:
+        ValueError: a value makes no sense; the message names the field.
+    """
+
+    page_size: int | None = None
+    """Tokens per page of the KV cache, a power of two. None: 32 on a CPU, 16 elsewhere."""
+    num_pages: int | None = None
+    """Pages in the pool. None: from `kv_cache_memory_bytes`."""
+    kv_cache_memory_bytes: int | None = None
+    """Memory for the pool. None: from what is free (on a CPU a quarter of the available memory, at most 4 GiB)."""
+    gpu_memory_utilization: float = 0.92
+    """Share of the GPU's memory that the process may use, weights included, when the pool is sized from what is free."""
+    max_num_seqs: int = 256
+    """Sequences that run at once."""
+    max_num_batched_tokens: int | None = None
+    """Tokens computed per step, prefill and decode together. None: 2048, or `max_num_seqs` if that is more."""
+    max_model_len: int | None = None
+    """Longest prompt plus output. None: the model's own limit."""
+    enable_prefix_caching: bool = True
+    """Keep full pages for later requests that begin with the same tokens."""
+    logprobs_mode: str = "raw_logprobs"
+    """Log-probabilities of the model itself ("raw_logprobs"), or after penalties, temperature, top-k... ("processed_logprobs")."""
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "num_pages", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if self.page_size is not None and self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {self.page_size}")
+        if isinstance(self.max_num_seqs, bool) or not isinstance(self.max_num_seqs, int) or self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be a positive integer, got {self.max_num_seqs!r}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can advance in every step"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+            raise ValueError(
+                f'logprobs_mode must be "raw_logprobs" or "processed_logprobs", got {self.logprobs_mode!r}'
+            )
+
+    def with_changes(self, **changes: Any) -> EngineConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            TypeError: a name that is no field; the message suggests the nearest one.
+        """
+        import difflib
+
+        for name in changes:
+            if name not in self.__dataclass_fields__:
+                near = difflib.get_close_matches(name, self.__dataclass_fields__, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(self.__dataclass_fields__)}."
+                raise TypeError(f"EngineConfig has no option {name!r}.{hint}")
+        return replace(self, **changes)

@@ -1,0 +1,330 @@
+"""Engine: requests in, steps, outputs. Owns the scheduler and the executor; shared by every front and every thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from hf_paged.engine.executor import Executor, StepResult
+from hf_paged.engine.intake import Intake, Prompt
+from hf_paged.engine.output import OutputProcessor
+from hf_paged.engine.request import Request, Sequence
+from hf_paged.engine.scheduler import Batch, Scheduler
+from hf_paged.outputs import RequestOutput
+from hf_paged.sampling.sampler import NonFiniteLogits
+from hf_paged.sampling_params import SamplingParams
+
+Deliver = Callable[[RequestOutput], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did, for observers."""
+
+    step: int
+    start_s: float
+    """`time.monotonic()` when it began."""
+    duration_s: float
+    decodes: list[tuple[str, int]]
+    """(request id, sample index) of each decoding sequence."""
+    chunks: list[tuple[str, int, int]]
+    """(request id, sample index, tokens) of each piece of prefill."""
+    num_waiting: int
+    active_pages: int
+    """Pages that running sequences hold."""
+    cached_pages: int
+    """Pages that only the prefix cache holds."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Tokens of prefill computed (recomputed ones included)."""
+    generation_tokens: int = 0
+
+
+class Engine:
+    """Continuous batching over one executor.
+
+    Callers either own the loop (`add_request`, `step`, `abort`, `has_unfinished`) or leave it to `run`. Any number of threads
+    may call anything at once: requests and aborts go through an inbox, and whoever waits for output computes the next step
+    for everybody.
+    """
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, intake: Intake) -> None:
+        self.executor = executor
+        self.scheduler = scheduler
+        self.intake = intake
+        self.output_processor = OutputProcessor(intake.tokenizer)
+        self.stats = EngineStats()
+        self.observers: list[Callable[[StepRecord], None]] = []
+        """Called after every step, in the thread that computed it."""
+        self._requests: dict[str, Request] = {}
+        self._deliver: dict[str, Deliver] = {}
+        self._unclaimed: list[RequestOutput] = []
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._ids: set[str] = set()
+        self._turn = threading.Condition()
+        self._driver: int | None = None
+        """The thread that is computing a step."""
+        self._used = False
+
+    # ---- for callers who own the loop --------------------------------------------------------------------------------
+
+    def add_request(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> str:
+        """Queues one prompt; its outputs come from `step`.
+
+        Returns:
+            the request's id, made up when none is given.
+
+        Raises:
+            ValueError, TypeError: bad prompt or parameters, an id in use, or a request too large for the pool.
+        """
+        request = self.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        self.submit([request])
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step and returns the outputs it changed, of requests that were added with `add_request`."""
+        with _Turn(self, lambda: False):
+            self._step()
+        outputs, self._unclaimed = self._unclaimed, []
+        return outputs
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """Ends requests, keeping what they have so far; their last output says finish_reason "abort". Unknown ids are fine."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        self._inbox.append(lambda: self._abort(ids))
+        if self._driver == threading.get_ident():
+            return  # from inside a step: the next one sees to it
+        with _Turn(self, lambda: False):
+            self._read_inbox()
+
+    def has_unfinished(self) -> bool:
+        """Whether any request, of whatever caller, is not done."""
+        return bool(self._requests or self._inbox)
+
+    def weights_updated(self) -> None:
+        """Says that the weights changed, in case a change could go unseen while requests are running."""
+        self._inbox.append(lambda: self._flush())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached pages before the next step."""
+        self.weights_updated()
+
+    # ---- for fronts ------------------------------------------------------------------------------------------------
+
+    def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
+        """Queues requests, all or none.
+
+        Args:
+            deliver: called with each output in the thread that computed the step; None leaves them to `step`.
+
+        Raises:
+            ValueError: an id is in use, or a request could not finish even alone in the pool.
+        """
+        for request in requests:
+            self.scheduler.check(request)
+        with self._turn:
+            taken = self._ids.intersection(request.request_id for request in requests)
+            if taken or len({request.request_id for request in requests}) < len(requests):
+                raise ValueError(
+                    f"request id {sorted(taken)[0] if taken else requests[0].request_id!r} is in use already"
+                )
+            self._ids.update(request.request_id for request in requests)
+        self._inbox.append(lambda: self._add(requests, deliver))
+
+    def run(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        """Submits requests and yields their outputs as they come, until all are finished.
+
+        Leaving early (an exception, Ctrl-C, closing the iterator) aborts those that are not.
+        """
+        box: deque[RequestOutput] = deque()
+        unfinished = {request.request_id for request in requests}
+        self.submit(requests, box.append)
+        try:
+            while unfinished:
+                with _Turn(self, lambda: bool(box)) as mine:
+                    if mine:
+                        self._step()
+                while box:
+                    output = box.popleft()
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+        finally:
+            if unfinished:
+                self.abort(unfinished)
+
+    # ---- one step; only ever one thread at a time -----------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._read_inbox()
+        start = time.monotonic()
+        try:
+            batch = self.scheduler.schedule()
+            if not batch:
+                return
+            result = self.executor.execute(batch)
+            self.scheduler.advance(batch)
+            self._report(self._append(batch, result))
+        except BaseException:
+            # Whatever it was, tokens already appended are whole, and everything else is made again from them.
+            self.scheduler.recover()
+            self._report([request for request in self._requests.values() if request.finished])
+            raise
+        self._count(batch, start)
+
+    def _append(self, batch: Batch, result: StepResult) -> list[Request]:
+        """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
+        now = time.monotonic()
+        touched: dict[str, Request] = {}
+        if result.prompt_logprobs is not None:
+            for chunk, found in zip(batch.chunks, result.prompt_logprobs, strict=True):
+                if chunk.start == 0 and chunk.sequence.request.sampling.prompt_logprobs is not None:
+                    chunk.sequence.request.prompt_logprobs = [None]
+                if found:
+                    chunk.sequence.request.prompt_logprobs += found  # type: ignore[operator]
+        for place, sequence in enumerate(batch.sampled()):
+            request = sequence.request
+            if sequence.finish_reason is not None:
+                continue
+            touched[request.request_id] = request
+            if place in result.errors:
+                self._fail(request, result.errors[place])
+                continue
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            if result.logprobs is not None:
+                entry = result.logprobs[place]
+                if entry is not None:
+                    sequence.logprobs[sequence.num_generated :] = [entry]
+            sequence.tokens.append(result.tokens[place])
+            try:
+                end = self.output_processor.end_of(sequence)
+            except Exception as error:  # a caller's stopping criterion may raise anything
+                self._fail(request, error)
+                continue
+            if end is not None:
+                sequence.stop_reason = end[1]
+                self.scheduler.finish(sequence, end[0])
+        return list(touched.values())
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Ends one request for a reason of its own; its neighbours do not notice."""
+        request.error = error
+        if isinstance(error, NonFiniteLogits):
+            # Its keys and values may be NaN. Masked out they would still poison whoever gets the pages next.
+            self._flush()
+            self.executor.wipe(sorted({page for sequence in request.sequences for page in sequence.pages}))
+        for sequence in request.sequences:
+            self.scheduler.finish(sequence, "error")
+
+    def _report(self, requests: list[Request]) -> None:
+        for request in requests:
+            if request.finished:
+                request.metrics.finished_time = time.monotonic()
+            output = self.output_processor.output(request)
+            if output is not None:
+                deliver = self._deliver.get(request.request_id)
+                (deliver or self._unclaimed.append)(output)
+            if request.finished:
+                self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._requests.pop(request.request_id, None)
+        self._deliver.pop(request.request_id, None)
+        self._ids.discard(request.request_id)
+
+    def _count(self, batch: Batch, start: float) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.prompt_tokens += sum(chunk.length for chunk in batch.chunks)
+        stats.generation_tokens += len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)
+        if not self.observers:
+            return
+        record = StepRecord(
+            step=stats.steps,
+            start_s=start,
+            duration_s=time.monotonic() - start,
+            decodes=[_name(sequence) for sequence in batch.decodes],
+            chunks=[(*_name(chunk.sequence), chunk.length) for chunk in batch.chunks],
+            num_waiting=self.scheduler.num_waiting,
+            active_pages=self.scheduler.num_active_pages,
+            cached_pages=self.scheduler.tree.num_evictable,
+        )
+        for observer in self.observers:
+            observer(record)
+
+    # ---- the inbox -----------------------------------------------------------------------------------------------------
+
+    def _read_inbox(self) -> None:
+        if self._used and self.executor.optimizer_stepped():
+            self._flush()
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
+        if not self._requests and self.scheduler.enable_prefix_caching and self.executor.weights_changed():
+            self._flush()
+        self._used = True
+        for request in requests:
+            self._requests[request.request_id] = request
+            if deliver is not None:
+                self._deliver[request.request_id] = deliver
+            self.scheduler.add(request)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        for request in known:
+            for sequence in request.sequences:
+                self.scheduler.finish(sequence, "abort")
+        self._report(known)
+
+    def _flush(self) -> None:
+        self.scheduler.flush_prefix_cache()
+
+
+class _Turn:
+    """The right to compute: `with _Turn(engine, enough) as mine`. Waits while another thread has it.
+
+    `mine` is False, and nothing was taken, when `enough()` came true meanwhile: the other thread's step brought what this
+    one was waiting for.
+    """
+
+    def __init__(self, engine: Engine, enough: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._enough = enough
+
+    def __enter__(self) -> bool:
+        engine, me = self._engine, threading.get_ident()
+        try:
+            with engine._turn:
+                while engine._driver is not None and not self._enough():
+                    engine._turn.wait()
+                if self._enough():
+                    return False
+                engine._driver = me
+                return True
+        except BaseException:
+            self.__exit__()  # an interrupt just then must not leave the turn taken
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        engine = self._engine
+        with engine._turn:
+            if engine._driver == threading.get_ident():
+                engine._driver = None
+                engine._turn.notify_all()
+
+
+def _name(sequence: Sequence) -> tuple[str, int]:
+    return sequence.request.request_id, sequence.index

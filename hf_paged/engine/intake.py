@@ -1,0 +1,169 @@
+"""Intake: prompts and sampling parameters become requests, or a clear error before any work starts."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_paged.engine.request import Hooks, Request
+from hf_paged.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | torch.Tensor | np.ndarray
+"""Text, token ids, chat messages (a list of dicts with a role and content), or vLLM's `{"prompt": ...}` and
+`{"prompt_token_ids": [...]}`."""
+
+
+class Intake:
+    """Checks and tokenizes.
+
+    Args:
+        tokenizer: transformers' tokenizer, or None: then only token ids are taken.
+        vocab_size: ids run from 0 to this, exclusive.
+        max_model_len: prompt and output together.
+        pool_tokens: what fits in the whole page pool.
+        eos_token_ids: ids that end a sequence unless `ignore_eos`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, vocab_size: int, max_model_len: int, pool_tokens: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.pool_tokens = pool_tokens
+        self.eos_token_ids = eos_token_ids
+        self._numbers = itertools.count()
+        self._said_greedy = False
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        hooks: Hooks | None = None,
+    ) -> Request:
+        """A request for one prompt.
+
+        Raises:
+            TypeError: a prompt of a kind that is not known.
+            ValueError: an empty or too long prompt, ids outside the vocabulary, text without a tokenizer.
+        """
+        text, ids = self.tokenize(prompt)
+        self._check_ids(ids)
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the model's length is {self.max_model_len}: nothing is left to "
+                "generate. Shorten the prompt, or raise max_model_len if the model allows it."
+            )
+        if sampling.max_tokens is None:
+            room = min(room, max(1, self.pool_tokens - len(ids) + 1))
+        self._check_sampling(sampling)
+        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        return Request(
+            request_id if request_id is not None else f"request-{next(self._numbers)}",
+            ids,
+            sampling,
+            prompt=text,
+            seed=seed % 2**64,
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
+            bad_words=self._bad_words(sampling.bad_words or []),
+            hooks=hooks,
+        )
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt as (text if it came as text, token ids)."""
+        if isinstance(prompt, str):
+            return prompt, list(self._need_tokenizer("a text prompt")(prompt)["input_ids"])
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), self.tokenize(prompt["prompt_token_ids"])[1]
+            if "prompt" in prompt:
+                return self.tokenize(prompt["prompt"])
+            raise TypeError(
+                f'a prompt given as a dict needs "prompt" or "prompt_token_ids", got keys {sorted(map(str, prompt))}; a chat is '
+                "a list of messages"
+            )
+        if isinstance(prompt, torch.Tensor | np.ndarray):
+            if prompt.ndim != 1:
+                raise TypeError(f"a prompt of token ids must be one-dimensional, got shape {tuple(prompt.shape)}")
+            return None, [int(i) for i in prompt.tolist()]
+        if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+            if prompt and all(isinstance(part, Mapping) for part in prompt):
+                return self._apply_chat_template(list(prompt))
+            if all(isinstance(part, int | np.integer) and not isinstance(part, bool) for part in prompt):
+                return None, [int(part) for part in prompt]
+        raise TypeError(
+            "a prompt must be a string, a list of token ids, or a list of chat messages (dicts with role and content), "
+            f"got {_describe(prompt)}"
+        )
+
+    def _apply_chat_template(self, messages: list[Any]) -> tuple[str, list[int]]:
+        for message in messages:
+            if "role" not in message:
+                raise ValueError(f'a chat message needs a "role", got keys {sorted(map(str, message))}')
+        tokenizer = self._need_tokenizer("a chat")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template: give the prompt as text or token ids")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{what} needs a tokenizer and none was found beside the model: give one with wrap(model, tokenizer=...), "
+                "or give prompts as token ids"
+            )
+        return self.tokenizer
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_ids(self, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError("the prompt is empty: it has no tokens to continue from")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ValueError(f"token id {bad} in the prompt is outside the model's vocabulary of {self.vocab_size}")
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, got {_describe(sampling)}")
+        for name, ids in sampling.token_ids().items():
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}: token id {token} is outside the model's vocabulary of {self.vocab_size}")
+        if sampling.stop_strings:
+            self._need_tokenizer("a stop string")
+        if sampling.greedy and sampling.n > 1 and not self._said_greedy:
+            self._said_greedy = True
+            logger.warning("n=%d with temperature 0: the samples will all be the same", sampling.n)
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Each word's tokenizations, alone and after a space."""
+        found = []
+        for word in words:
+            tokenizer = self._need_tokenizer("bad_words")
+            for text in (word, " " + word.lstrip()):
+                ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        kinds = sorted({type(part).__name__ for part in value}) or ["nothing"]
+        return f"{type(value).__name__} of {', '.join(kinds)}"
+    return f"{type(value).__name__} {value!r}"[:120]

@@ -1,0 +1,163 @@
+"""Request (a prompt) and Sequence (one of its n samples). Plain Python, no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_paged.cache.prefix import Node
+    from hf_paged.engine.output import SequenceText
+    from hf_paged.sampling.logprobs import TokenLogprobs
+    from hf_paged.sampling_params import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample of a request: its tokens, and how far the KV cache has followed them.
+
+    `tokens` is the truth; everything else about a sequence can be computed again from it, which is what preemption
+    and recovery do. Tokens `[0, num_computed)` have keys and values in `pages`.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
+    """The prefix tree's nodes for the first `len(path)` pages."""
+    epoch: int = -1
+    """The prefix tree's epoch when the sequence was admitted."""
+    slot: int = -1
+    """The row of the per-sequence tables that it occupies while it runs; -1 while it waits."""
+    may_share_tail: bool = False
+    """Its last, partly filled page may be a sibling's too: look before writing."""
+    order: tuple[int, int, int] = (0, -1, 0)
+    """Who goes first: priority (lower first), then arrival, then the sample's index. The scheduler gives it."""
+    finish_reason: str | None = None
+    """None while unfinished, then "stop", "length", "abort" or "error"."""
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One entry per generated token, where the request asked for them."""
+    text: SequenceText | None = None
+    """Its text so far, where somebody reads along; the output processor's."""
+    num_reported: int = 0
+    """Generated tokens that a reader of deltas has been given."""
+    end_reported: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(eq=False, slots=True)
+class Hooks:
+    """What transformers' `generate` asks of single rows, beyond `SamplingParams`. All tensors are on the model's device."""
+
+    processors: list[Callable[[Any, Any], Any]] = field(default_factory=list)
+    """transformers-style logits processors, `(input_ids [1, L], scores [1, V]) -> scores`, in order."""
+    stopping_criteria: list[Callable[[Any, Any], Any]] = field(default_factory=list)
+    """transformers-style criteria, `(input_ids [1, L], scores) -> bool tensor [1]`."""
+    padding: list[int] = field(default_factory=list)
+    """The pad tokens that stood left of the prompt: processors see them, the model does not."""
+    keep_logits: bool = False
+    keep_scores: bool = False
+    logits: list[Any] = field(default_factory=list)
+    """With `keep_logits`: the raw logits [V] of each generated token, float32."""
+    scores: list[Any] = field(default_factory=list)
+    """With `keep_scores`: the processed scores [V] of each generated token, float32."""
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of `time.monotonic()`; None until they have."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+class Request:
+    """A prompt and what was asked of it.
+
+    Args:
+        request_id: any string that no unfinished request has.
+        prompt_token_ids: at least one token id.
+        sampling: how to sample; `sampling.n` sequences are made.
+        prompt: the text, for the output; not used otherwise.
+        hooks: only from `generate`; then n must be 1.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        prompt: str | None = None,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+        bad_words: list[list[int]] | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.sampling = sampling
+        self.seed = seed
+        self.max_tokens = max_tokens if max_tokens is not None else (sampling.max_tokens or 1)
+        self.stop_token_ids = stop_token_ids
+        """Every id that ends a sequence: the model's end-of-sequence ids and the request's own."""
+        self.bad_words = bad_words or []
+        """`sampling.bad_words` as token ids."""
+        self.hooks = hooks
+        self.penalised = (
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        )
+        self.simple = not (
+            self.penalised
+            or self.bad_words
+            or sampling.logit_bias
+            or sampling.min_tokens
+            or sampling.allowed_token_ids is not None
+            or sampling.logits_processors
+            or sampling.logprobs is not None
+            or hooks is not None
+        )
+        """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""
+        self.priority = sampling.priority
+        self.reserved = 0
+        """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""
+        num_prompt = len(prompt_token_ids)
+        self.num_prompt = num_prompt
+        self.sequences = [Sequence(self, i, list(prompt_token_ids), num_prompt) for i in range(sampling.n)]
+        self.forked = sampling.n == 1
+        """False until the prompt is computed and all samples run on their own."""
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix tree at first admission."""
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.error: Exception | None = None
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)

@@ -1,0 +1,401 @@
+"""Scheduler: which tokens of which sequences the next step computes, and in which pages. Plain integers, no torch.
+
+Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, arXiv 2403.02310): every step carries one token
+of each running sequence whose prompt is done, and fills the rest of its token budget with pieces of prompts. Pages
+(PagedAttention, arXiv 2309.06180) are taken for what the step will write and nothing more; when they run out, the
+youngest running sequence goes back to the queue with its tokens kept, and is computed again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import time
+from dataclasses import dataclass, field
+
+from hf_paged.cache.pages import PagePool
+from hf_paged.cache.prefix import PrefixTree
+from hf_paged.engine.request import Request, Sequence
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A piece of prefill: tokens `[start, start + length)` of a sequence."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: list[Sequence]
+    """Whose next token is sampled from the last row: nobody's (more of the prompt is to come), the sequence's own, or
+    that of all n samples of a request whose prompt is now done."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work. Rows are packed: one per decoding sequence, in order, then the chunks' tokens."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    """Each computes its last token and samples the next."""
+    chunks: list[Chunk] = field(default_factory=list)
+    page_writes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Changes to the block table since the last step: (slot, index in the row, page)."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """Copy-on-write: (from page, to page), to be copied before the step writes anything."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.length for chunk in self.chunks)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token from this step, in the order of their logits rows."""
+        return self.decodes + [sequence for chunk in self.chunks for sequence in chunk.samples]
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Totals since the scheduler was made."""
+
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix tree."""
+    prefix_hits: int = 0
+    """Prompt tokens found there."""
+    num_preemptions: int = 0
+    peak_pages: int = 0
+    """The most pages held by running sequences at once (cached pages that nobody uses are not counted)."""
+
+
+class Scheduler:
+    """Decides; never computes.
+
+    `schedule` -> `Batch`, then the caller computes it, then `advance` says that it is computed, then the caller appends the
+    sampled tokens and calls `finish` for sequences that are done. If the computation fails, `recover` instead.
+
+    Args:
+        num_pages, page_size: the pool.
+        max_num_seqs: sequences that may run at once.
+        max_num_batched_tokens: the token budget of a step, at least `max_num_seqs`.
+        enable_prefix_caching: keep full pages in a prefix tree.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), "
+                "so that every running sequence can advance in every step"
+            )
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_pages = num_pages
+        self.stats = SchedulerStats()
+        self.running: list[Sequence] = []
+        """In order of priority and arrival: the last is the first to be preempted."""
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._num_waiting = 0
+        self._arrivals = 0
+        self._reset_pages()
+
+    def _reset_pages(self) -> None:
+        self.pool = PagePool(self.num_pages)
+        self.tree = PrefixTree(self.pool, self.page_size)
+        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
+        self._reserved_slots = 0
+        self._page_writes: list[tuple[int, int, int]] = []
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_available_pages(self) -> int:
+        """Pages free now, or after eviction of cached ones."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    @property
+    def num_active_pages(self) -> int:
+        """Pages that running sequences hold."""
+        return self.num_pages - self.num_available_pages
+
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self._num_waiting)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    # ---- requests come and go ------------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, with the numbers, for a request that could not finish even alone in the whole pool."""
+        tokens = request.num_prompt + request.max_tokens - 1  # the last token is never written
+        if self.pages_for(tokens) > self.num_pages:
+            raise ValueError(
+                f"request {request.request_id!r}: {request.num_prompt} prompt tokens and up to {request.max_tokens} new "
+                f"ones need {self.pages_for(tokens)} pages of {self.page_size} tokens, and the whole pool has "
+                f"{self.num_pages}. Shorten the prompt, lower max_tokens, or give the pool more memory "
+                "(num_pages or kv_cache_memory_bytes)."
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request (`check` says whether it can be served)."""
+        for sequence in request.sequences:
+            sequence.order = (request.priority, self._arrivals, sequence.index)
+        self._arrivals += 1
+        self._enqueue(request.sequences[0])
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends a sequence, wherever it is, and lets go of its pages."""
+        if sequence.finish_reason is not None:
+            return
+        if sequence.slot >= 0:
+            self._remove_running(sequence)
+        elif sequence is sequence.request.sequences[0] or sequence.request.forked:
+            self._num_waiting -= 1  # its entry in the queue is skipped later
+        sequence.finish_reason = reason
+        if not self._num_waiting:
+            self._waiting.clear()
+
+    def flush_prefix_cache(self) -> int:
+        """Forgets all cached pages, and caches nothing that was computed before. Returns the pages forgotten."""
+        return self.tree.clear()
+
+    def recover(self) -> None:
+        """After a step that failed half way: every sequence goes back to the queue with its tokens, the pool is made anew.
+
+        Whatever the step had done to pages or tables no longer matters, so no failure can leak one.
+        """
+        unfinished = [s for s in self.running if s.finish_reason is None]
+        unfinished += [s for _, s in self._waiting if s.finish_reason is None]
+        for sequence in self.running:
+            sequence.slot, sequence.num_computed, sequence.pages, sequence.path = -1, 0, [], []
+        self.running = []
+        self._waiting = []
+        self._num_waiting = 0
+        self._reset_pages()
+        queued: set[int] = set()
+        for sequence in unfinished:
+            request = sequence.request
+            request.reserved = 0
+            # A fork that was cut short: samples that have no token yet run on their own from here.
+            request.forked = len(request.sequences) == 1 or any(s.num_generated for s in request.sequences)
+            members = [s for s in request.sequences if not s.finished] if request.forked else request.sequences[:1]
+            for member in members:
+                if id(member) not in queued:
+                    queued.add(id(member))
+                    self._enqueue(member)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch:
+        """The next step. An empty batch means that nothing is left to do."""
+        batch = Batch()
+        budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
+        preempted = False
+        decodes, page_size, running = batch.decodes, self.page_size, self.running
+        i = 0
+        while i < len(running):
+            sequence = running[i]
+            start = sequence.num_computed
+            length = len(sequence.tokens) - start
+            if length > 1:
+                length = min(length, budget + 1)
+                budget -= length - 1
+            end = start + length
+            if end > len(sequence.pages) * page_size or sequence.may_share_tail:
+                if not self._make_room(sequence, end, batch):
+                    preempted = True
+                    if sequence.slot < 0:
+                        break  # it was the last, and had to go itself
+            if length == 1 and end == len(sequence.tokens) and sequence.request.forked:
+                decodes.append(sequence)
+            else:
+                batch.chunks.append(self._chunk(sequence, start, length))
+            i += 1
+        if not preempted:
+            self._admit(budget, batch)
+        batch.page_writes, self._page_writes = self._page_writes, []
+        self.stats.peak_pages = max(self.stats.peak_pages, self.num_active_pages)
+        return batch
+
+    def advance(self, batch: Batch) -> None:
+        """The batch is computed: sequences move on, full pages are cached, samples of a finished prompt fork."""
+        page_size, tree_on = self.page_size, self.enable_prefix_caching
+        for sequence in batch.decodes:
+            sequence.num_computed += 1
+            if tree_on and sequence.num_computed % page_size == 0:
+                self._cache_full_pages(sequence)
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.length
+            if tree_on:
+                self._cache_full_pages(sequence)
+            if len(chunk.samples) > 1:
+                self._fork(sequence)
+
+    # ---- pages ---------------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, end: int, batch: Batch) -> bool:
+        """Gives a running sequence pages for tokens up to `end`, its own ones where it writes.
+
+        Returns False when something was preempted for it, perhaps the sequence itself (its slot is then -1).
+        """
+        undisturbed = True
+        while True:
+            tail = sequence.num_computed // self.page_size
+            shared = sequence.may_share_tail and tail < len(sequence.pages) and self.pool.refs(sequence.pages[tail]) > 1
+            needed = self.pages_for(end) - len(sequence.pages) + shared
+            if needed <= self.num_available_pages:
+                break
+            victim = self.running[-1]
+            undisturbed = False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.may_share_tail = False
+        pages = self._allocate(needed)
+        if shared:
+            source, copy = sequence.pages[tail], pages.pop()
+            batch.copies.append((source, copy))
+            self.pool.release([source])
+            sequence.pages[tail] = copy
+            self._page_writes.append((sequence.slot, tail, copy))
+        self._append_pages(sequence, pages)
+        return undisturbed
+
+    def _allocate(self, count: int) -> list[int]:
+        if count > self.pool.num_free:
+            self.tree.evict(count - self.pool.num_free)
+        return self.pool.allocate(count)
+
+    def _append_pages(self, sequence: Sequence, pages: list[int]) -> None:
+        start = len(sequence.pages)
+        sequence.pages.extend(pages)
+        self._page_writes.extend((sequence.slot, start + i, page) for i, page in enumerate(pages))
+
+    def _cache_full_pages(self, sequence: Sequence) -> None:
+        """Puts pages that have become full into the prefix tree; a page that a twin cached first is swapped for the twin's."""
+        if sequence.epoch != self.tree.epoch:
+            return
+        size, path, pages = self.page_size, sequence.path, sequence.pages
+        for i in range(len(path), sequence.num_computed // size):
+            tokens = tuple(sequence.tokens[i * size : (i + 1) * size])
+            node = self.tree.insert(path[-1] if path else None, tokens, pages[i])
+            if node.page != pages[i]:
+                self.pool.release([pages[i]])
+                pages[i] = node.page
+                self._page_writes.append((sequence.slot, i, node.page))
+            path.append(node)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        self.tree.release(sequence.path)
+        sequence.pages, sequence.path = [], []
+
+    # ---- queue and slots -----------------------------------------------------------------------------------------
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._num_waiting += 1
+
+    def _remove_running(self, sequence: Sequence) -> None:
+        index = bisect.bisect_left(self.running, sequence.order, key=lambda s: s.order)
+        assert self.running[index] is sequence
+        del self.running[index]
+        self._let_go(sequence)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+        self._release_reservation(sequence.request)
+
+    def _release_reservation(self, request: Request) -> None:
+        self._reserved_slots -= request.reserved
+        request.reserved = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._remove_running(sequence)
+        sequence.num_computed = 0
+        sequence.may_share_tail = False
+        sequence.request.metrics.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _admit(self, budget: int, batch: Batch) -> None:
+        """Lets waiting sequences run, in order, while there are slots, pages and budget for them."""
+        while self._waiting and budget > 0:
+            sequence = self._waiting[0][1]
+            if sequence.finish_reason is not None:
+                heapq.heappop(self._waiting)
+                continue
+            request = sequence.request
+            slots = 1 if request.forked else min(len(request.sequences), self.max_num_seqs)
+            if len(self._slots) - self._reserved_slots < slots:
+                return
+            total = len(sequence.tokens)
+            path = []
+            if self.enable_prefix_caching and request.sampling.prompt_logprobs is None:
+                path = self.tree.match(sequence.tokens, (total - 1) // self.page_size)
+            idle = sum(node.users == 0 for node in path)
+            # A little room is left to those that run already, lest the newcomer be preempted at the next page boundary.
+            spare = max(1, self.num_pages // 100) if self.running else 0
+            if self.pages_for(total) - len(path) + spare > self.num_available_pages - idle:
+                return
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            sequence.slot = self._slots.pop()
+            sequence.epoch = self.tree.epoch
+            request.reserved = slots - 1
+            self._reserved_slots += request.reserved
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            cached = len(path) * self.page_size
+            sequence.path = path
+            self._append_pages(sequence, self.tree.use(path))
+            length = min(total - cached, budget)
+            budget -= length
+            self._append_pages(sequence, self._allocate(self.pages_for(cached + length) - len(path)))
+            sequence.num_computed = cached
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = time.monotonic()
+                request.num_cached_tokens = cached
+                self.stats.prefix_queries += total
+                self.stats.prefix_hits += cached
+            batch.chunks.append(self._chunk(sequence, cached, length))
+
+    def _chunk(self, sequence: Sequence, start: int, length: int) -> Chunk:
+        samples = []
+        if start + length == len(sequence.tokens):
+            samples = [sequence] if sequence.request.forked else sequence.request.sequences
+        return Chunk(sequence, start, length, samples)
+
+    def _fork(self, first: Sequence) -> None:
+        """The prompt is computed: the other samples join, sharing all its pages; those without a slot wait their turn."""
+        request = first.request
+        request.forked = True
+        self._release_reservation(request)
+        first.may_share_tail = True
+        for sibling in request.sequences[1:]:
+            if sibling.finish_reason is not None:
+                continue
+            if not self._slots:
+                self._enqueue(sibling)
+                continue
+            sibling.slot = self._slots.pop()
+            sibling.epoch = first.epoch
+            sibling.num_computed = first.num_computed
+            sibling.may_share_tail = True
+            sibling.path = list(first.path)
+            self.tree.share(first.path)
+            self.pool.retain(first.pages)
+            self._append_pages(sibling, first.pages)
+            bisect.insort(self.running, sibling, key=lambda s: s.order)

@@ -1,0 +1,95 @@
+"""A scheduled batch as arrays: packed token ids, positions, pages. numpy only; its cost does not grow with the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_paged.attention.backend import AttentionBatch, PrefillSpan
+from hf_paged.engine.scheduler import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One packed forward of T rows."""
+
+    token_ids: np.ndarray
+    """int64 [T]."""
+    positions: np.ndarray
+    """int64 [T]."""
+    attention: AttentionBatch
+    logit_rows: np.ndarray
+    """int64 [R]: the rows whose logits are wanted."""
+    sample_rows: list[int]
+    """Per sampled sequence of the batch, its row among the R; samples of one prompt share a row at first."""
+    prompt_rows: list[tuple[int, int]]
+    """Per chunk of the batch, the half-open range among the R of all its rows, where prompt log-probabilities are wanted;
+    else an empty range."""
+
+
+class InputBuilder:
+    """Keeps the block table of the running sequences and turns batches into arrays.
+
+    The table's rows are the scheduler's slots; a step changes only the entries named in `Batch.page_writes`.
+    """
+
+    def __init__(self, page_size: int, max_num_seqs: int, max_pages: int) -> None:
+        self.page_size = page_size
+        self.block_table = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
+
+    def build(self, batch: Batch) -> StepInputs:
+        """Applies the batch's page writes and packs its rows, decodes first."""
+        if batch.page_writes:
+            slots, indices, pages = zip(*batch.page_writes, strict=True)
+            self.block_table[slots, indices] = pages
+        size = self.page_size
+        decodes, chunks = batch.decodes, batch.chunks
+        count = len(decodes)
+        token_ids = [sequence.tokens[-1] for sequence in decodes]
+        starts = np.array([sequence.num_computed for sequence in decodes], dtype=np.int64)
+        slots_of_decodes = np.array([sequence.slot for sequence in decodes], dtype=np.int64)
+
+        positions, slots_of_rows = [starts], [slots_of_decodes]
+        spans: list[PrefillSpan] = []
+        logit_rows, sample_rows = list(range(count)), list(range(count))
+        prompt_rows: list[tuple[int, int]] = []
+        row = count
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.length
+            token_ids.extend(sequence.tokens[chunk.start : end])
+            positions.append(np.arange(chunk.start, end))
+            slots_of_rows.append(np.full(chunk.length, sequence.slot))
+            pages = self.block_table[sequence.slot, : -(-end // size)]
+            spans.append(PrefillSpan(row=row, length=chunk.length, context=chunk.start, pages=pages))
+            wants_prompt = sequence.request.sampling.prompt_logprobs is not None and sequence.num_generated == 0
+            first = len(logit_rows)
+            if wants_prompt:
+                logit_rows.extend(range(row, row + chunk.length))
+                prompt_rows.append((first, first + chunk.length))
+            else:
+                prompt_rows.append((first, first))
+                if chunk.samples:
+                    logit_rows.append(row + chunk.length - 1)
+            if chunk.samples:
+                sample_rows.extend([len(logit_rows) - 1] * len(chunk.samples))
+            row += chunk.length
+
+        position = np.concatenate(positions)
+        slot = np.concatenate(slots_of_rows)
+        longest = int(starts.max()) // size + 1 if count else 0
+        return StepInputs(
+            token_ids=np.array(token_ids, dtype=np.int64),
+            positions=position,
+            attention=AttentionBatch(
+                page_size=size,
+                decode_lengths=starts + 1,
+                decode_pages=self.block_table[slots_of_decodes, :longest],
+                spans=spans,
+                write_pages=self.block_table[slot, position // size].astype(np.int64),
+                write_offsets=position % size,
+            ),
+            logit_rows=np.array(logit_rows, dtype=np.int64),
+            sample_rows=sample_rows,
+            prompt_rows=prompt_rows,
+        )

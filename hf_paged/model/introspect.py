@@ -1,0 +1,189 @@
+"""Which layers of a model attend, and how: read off a dry forward, so that no architecture needs code of its own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.attention import interface
+from hf_paged.attention.backend import LayerSpec
+
+logger = logging.getLogger(__name__)
+
+PAGEABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be paged; the message names its class, the reason, and what still works."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """What the engine needs to know of a model."""
+
+    layers: list[LayerSpec]
+    by_module: dict[int, LayerSpec]
+    """By `id()` of the attention module that calls."""
+    kv_dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_model_len: int
+    takes_logits_to_keep: bool
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, `torch.compile` and PEFT wrappers; the model itself when there are none."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def why_unpageable(model: nn.Module) -> str | None:
+    """Why a model (wrappers included) cannot be paged, as far as its config tells; None when nothing speaks against it."""
+    peft = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "is_prompt_learning", False) for config in peft.values()):
+        return "its PEFT adapter works by virtual tokens (prompt learning), which live in a cache of its own"
+    lm = causal_lm(model)
+    config = getattr(lm, "config", None)
+    if config is None or not hasattr(lm, "generate"):
+        return "it is not a transformers model that generates"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder: its cross-attention reads an encoder's output, not pages"
+    if getattr(lm, "_is_stateful", False):
+        return "it keeps recurrent or linear-attention state between tokens, which pages cannot hold"
+    if not getattr(lm, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' attention interface"
+    types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if types - PAGEABLE_LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(types - PAGEABLE_LAYER_TYPES))}, which are not attention over pages"
+    devices = {parameter.device for parameter in lm.parameters()}
+    if torch.device("meta") in devices:
+        return "some of its weights are not loaded (device meta)"
+    if len(devices) > 1:
+        return f"its weights are spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})"
+    return None
+
+
+def refuse(model: nn.Module, reason: str) -> UnsupportedModelError:
+    """The error for a model that cannot be paged."""
+    return UnsupportedModelError(
+        f"{type(causal_lm(model)).__name__} cannot be paged: {reason}. It still works without hf_paged, "
+        "with its own generate() as before."
+    )
+
+
+def inspect_model(model: nn.Module) -> ModelLayout:
+    """Runs a dry forward of two tokens and writes down how each layer attends.
+
+    Raises:
+        UnsupportedModelError: the model cannot be paged.
+    """
+    if reason := why_unpageable(model):
+        raise refuse(model, reason)
+    lm = causal_lm(model)
+    device = next(lm.parameters()).device
+    configs = interface.attention_configs(lm)
+    recorder = _Recorder()
+    takes_rows = "logits_to_keep" in inspect.signature(lm.forward).parameters
+    with torch.no_grad(), evaluation_mode(lm), interface.use_paged_attention(configs):
+        logits = forward(lm, torch.zeros(2, dtype=torch.long, device=device), torch.arange(2, device=device), recorder)
+    if not recorder.specs:
+        raise refuse(model, "none of its layers called transformers' attention interface")
+    return ModelLayout(
+        layers=list(recorder.specs.values()),
+        by_module=recorder.specs,
+        kv_dtype=recorder.dtype,
+        device=device,
+        vocab_size=logits.shape[-1],
+        max_model_len=_max_model_len(lm.config.get_text_config()),
+        takes_logits_to_keep=takes_rows,
+    )
+
+
+def forward(lm: nn.Module, token_ids: Tensor, positions: Tensor, paged: Any, **options: Any) -> Tensor:
+    """One packed forward through a transformers causal LM: `[T]`, `[T]` -> logits `[R, V]`."""
+    output = lm(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        attention_mask=interface.packed_mask(token_ids.device),
+        use_cache=False,
+        return_dict=True,
+        paged=paged,
+        **options,
+    )
+    return output.logits[0]
+
+
+class evaluation_mode:
+    """Within it every module is in eval mode; after it each is as it was, exceptions included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._training: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._model.modules() if module.training]
+        for module in self._training:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
+            module.training = True
+
+
+class _Recorder:
+    """Rides along with the dry forward: notes each layer's shapes and options, and lets every row see itself only."""
+
+    def __init__(self) -> None:
+        self.specs: dict[int, LayerSpec] = {}
+        self.dtype = torch.float32
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
+    ) -> Tensor:
+        window = options["sliding_window"] if "sliding_window" in options else getattr(module, "sliding_window", None)
+        self.dtype = key.dtype
+        self.specs[id(module)] = LayerSpec(
+            index=len(self.specs),
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            key_dim=key.shape[2],
+            value_dim=value.shape[2],
+            scaling=float(scaling),
+            window=int(window) if window else None,
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux") is not None,
+        )
+        return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def _max_model_len(config: Any) -> int:
+    limit = getattr(config, "max_position_embeddings", None) or 32768
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_type = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    for parameters in per_type:
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            if original and original < limit:
+                # Beyond it the rotation of *all* positions depends on the longest sequence of the forward, so that
+                # neighbours in a batch would change each other's meaning.
+                logger.warning(
+                    "rope type %r rescales all positions once a sequence is longer than %d tokens, which sequences in one "
+                    "batch cannot share: max_model_len is %d instead of %d",
+                    parameters["rope_type"], original, original, limit,
+                )  # fmt: skip
+                limit = original
+    return int(limit)

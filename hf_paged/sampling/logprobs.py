@@ -1,0 +1,41 @@
+"""Log-probabilities of tokens that were sampled, and of the likeliest beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token's: `token_ids[0]` is the token itself, then the likeliest in order, if any were asked for."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Natural logarithms."""
+    rank: int
+    """Of the token itself among the whole vocabulary; 1 is the likeliest."""
+
+
+def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """Log-probabilities under the softmax of each row.
+
+    Args:
+        logits: float32 `[R, V]`.
+        tokens: per row, the token of interest.
+        counts: per row, how many of the likeliest to report beside it; -1 is all.
+    """
+    vocab = logits.shape[1]
+    wanted = [vocab if count < 0 else min(count, vocab) for count in counts]
+    log_probs = torch.log_softmax(logits, -1)
+    chosen = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = ((log_probs > chosen).sum(-1) + 1).tolist()
+    values, ids = log_probs.topk(max(wanted), dim=-1)
+    return [
+        TokenLogprobs([token, *row_ids[:count]], [own, *row_values[:count]], rank)
+        for token, own, row_ids, row_values, rank, count in zip(
+            tokens, chosen[:, 0].tolist(), ids.tolist(), values.tolist(), ranks, wanted, strict=True
+        )
+    ]

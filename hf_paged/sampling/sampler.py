@@ -1,0 +1,166 @@
+"""Sampler: one row of logits per sequence in, one token per sequence out, all rows in one batched pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.engine.request import Sequence
+from hf_paged.sampling import processors
+from hf_paged.sampling.draw import draw, filter_logits, uniforms
+from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
+
+
+class NonFiniteLogits(RuntimeError):
+    """The model, or a processor, left no finite logit to sample from."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Per sequence, in order."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    errors: dict[int, Exception] = field(default_factory=dict)
+    """Which sequences (by place) could not be sampled, and why; their tokens mean nothing."""
+
+
+class Sampler:
+    """Adjusts, draws and reports, following transformers' order (see `SamplingParams`).
+
+    Args:
+        vocab_size: V.
+        processed_logprobs: report log-probabilities after all adjustments instead of the model's own.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, *, processed_logprobs: bool = False) -> None:
+        self.device = device
+        self.processed_logprobs = processed_logprobs
+        self._penalties = processors.PenaltyState(vocab_size, device)
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Sampled:
+        """One token per sequence.
+
+        Args:
+            logits: `[R, V]`, a row per sequence, any float dtype. Not changed.
+        """
+        simple = all(sequence.request.simple for sequence in sequences)
+        raw = logits.float()
+        errors: dict[int, Exception] = {}
+        scores = raw if simple else self._adjust(raw.clone(), sequences, errors)
+        peaks = scores.amax(-1)
+        if not bool(torch.isfinite(peaks).all()):
+            scores = self._set_aside(scores if scores is not raw else raw.clone(), peaks, sequences, errors)
+        tokens, scores = self._draw(scores, sequences)
+        if simple:
+            return Sampled(tokens, [None] * len(tokens), errors)
+        self._keep_for_hooks(raw, scores, sequences)
+        return Sampled(tokens, self._report(scores if self.processed_logprobs else raw, tokens, sequences), errors)
+
+    # ---- before the draw -------------------------------------------------------------------------------------------
+
+    def _adjust(self, logits: Tensor, sequences: list[Sequence], errors: dict[int, Exception]) -> Tensor:
+        """Everything that SamplingParams' order puts before temperature, in place on `[R, V]`."""
+        for row, sequence in enumerate(sequences):
+            if sequence.request.sampling.logit_bias:
+                processors.bias(logits[row], sequence.request.sampling.logit_bias)
+        penalised = [row for row, sequence in enumerate(sequences) if sequence.request.penalised]
+        if penalised:
+            index = torch.tensor(penalised, device=logits.device)
+            chosen = logits[index]
+            processors.apply_penalties(chosen, [sequences[row] for row in penalised], self._penalties)
+            logits[index] = chosen
+        for row, sequence in enumerate(sequences):
+            if sequence.request.simple:
+                continue
+            processors.forbid(logits[row], sequence)
+            try:
+                changed = processors.call_processors(logits[row], sequence)
+            except (
+                Exception
+            ) as error:  # a caller's function may raise anything, and it is the caller's request that fails
+                errors[row] = error
+            else:
+                if changed is not logits[row]:
+                    logits[row] = changed
+        return logits
+
+    def _set_aside(
+        self, scores: Tensor, peaks: Tensor, sequences: list[Sequence], errors: dict[int, Exception]
+    ) -> Tensor:
+        """Rows that nothing can be drawn from fail their request; the arithmetic goes on with zeros in their place."""
+        for row in (~torch.isfinite(peaks)).nonzero()[:, 0].tolist():
+            peak = float(peaks[row])
+            why = "every token is forbidden" if peak == -torch.inf else f"the logits contain {peak}"
+            errors.setdefault(
+                row,
+                NonFiniteLogits(
+                    f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
+                    f"{sequences[row].num_generated} tokens, {why}"
+                ),
+            )
+            scores[row] = 0.0
+        return scores
+
+    # ---- the draw --------------------------------------------------------------------------------------------------
+
+    def _draw(self, scores: Tensor, sequences: list[Sequence]) -> tuple[list[int], Tensor]:
+        """Tokens, and the scores they were drawn from, with filters shown where somebody will look."""
+        params = [sequence.request.sampling for sequence in sequences]
+        temperature = np.array([p.temperature for p in params])
+        random = np.flatnonzero(temperature > 0)
+        if not len(random):
+            return scores.argmax(-1).tolist(), scores
+        tokens = scores.argmax(-1) if len(random) < len(params) else scores.new_empty(len(params), dtype=torch.int64)
+        where = torch.from_numpy(random).to(self.device)
+        heat = torch.from_numpy(temperature[random]).to(self.device, torch.float32)[:, None]
+        warm = (scores if len(random) == len(params) else scores[where]) / heat
+        noise = uniforms(
+            np.array([sequences[row].request.seed for row in random], dtype=np.uint64),
+            np.array([sequences[row].index for row in random], dtype=np.uint64),
+            np.array([sequences[row].num_generated for row in random], dtype=np.uint64),
+        )
+        top_k = np.array([max(params[row].top_k, 0) for row in random])
+        top_p = np.array([params[row].top_p for row in random])
+        min_p = np.array([params[row].min_p for row in random])
+        tokens[where] = draw(warm, torch.from_numpy(noise).to(self.device), top_k, top_p, min_p)
+        shown = [i for i, row in enumerate(random) if self._shows_scores(sequences[row])]
+        if shown:
+            scores = scores.clone()
+            for i in shown:
+                scores[random[i]] = filter_logits(warm[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
+        return tokens.tolist(), scores
+
+    def _shows_scores(self, sequence: Sequence) -> bool:
+        hooks = sequence.request.hooks
+        wants_logprobs = self.processed_logprobs and sequence.request.sampling.logprobs is not None
+        return wants_logprobs or (hooks is not None and (hooks.keep_scores or bool(hooks.stopping_criteria)))
+
+    # ---- after it --------------------------------------------------------------------------------------------------
+
+    def _keep_for_hooks(self, raw: Tensor, scores: Tensor, sequences: list[Sequence]) -> None:
+        for row, sequence in enumerate(sequences):
+            hooks = sequence.request.hooks
+            if hooks is None:
+                continue
+            # A step that failed after this point is computed again: what it left here is overwritten.
+            if hooks.keep_logits:
+                hooks.logits[sequence.num_generated :] = [raw[row].clone()]
+            if hooks.keep_scores or hooks.stopping_criteria:
+                hooks.scores[sequence.num_generated :] = [scores[row].clone()]
+
+    def _report(self, logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenLogprobs | None]:
+        wanted = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
+        report: list[TokenLogprobs | None] = [None] * len(tokens)
+        if wanted:
+            counts = [sequences[row].request.sampling.logprobs or 0 for row in wanted]
+            found = token_logprobs(
+                logits[torch.tensor(wanted, device=logits.device)], [tokens[r] for r in wanted], counts
+            )
+            for row, entry in zip(wanted, found, strict=True):
+                report[row] = entry
+        return report

@@ -1,0 +1,115 @@
+"""PagedState: what wrapping adds to a model, and the engine once there is one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_paged.config import EngineConfig
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.executor import ModelExecutor
+from hf_paged.engine.intake import Intake
+from hf_paged.engine.scheduler import Scheduler
+from hf_paged.model.introspect import causal_lm
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TOKEN_BUDGET = 2048
+
+
+class PagedState:
+    """Lives in a wrapped model's `__dict__`. Copies and pickles carry the configuration, never the engine."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Any = None) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self.said: set[str] = set()
+        """Reasons for leaving work to the stock path that were logged already."""
+
+    def engine(self, model: nn.Module) -> Engine:
+        """The model's engine, made at the first call, and again when the model has moved to another device or dtype.
+
+        Raises:
+            UnsupportedModelError: the model cannot be paged.
+        """
+        with self._lock:
+            if self._engine is not None and self._outdated(self._engine):
+                self._engine = None
+            if self._engine is None:
+                self._engine = build_engine(model, self.config, self._find_tokenizer(model))
+            return self._engine
+
+    def drop_engine(self) -> None:
+        """Gives the page pool's memory back; the next generation makes a new engine."""
+        with self._lock:
+            self._engine = None
+
+    def _outdated(self, engine: Engine) -> bool:
+        executor = engine.executor
+        return isinstance(executor, ModelExecutor) and executor.outdated() and not engine.has_unfinished()
+
+    def _find_tokenizer(self, model: nn.Module) -> Any:
+        if self.tokenizer is None:
+            self.tokenizer = find_tokenizer(getattr(causal_lm(model).config, "_name_or_path", ""))
+        return self.tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedState:
+        return PagedState(self.config, self.tokenizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PagedState, (self.config, self.tokenizer)
+
+
+def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) -> Engine:
+    """An engine for a model, its page pool included."""
+    executor = ModelExecutor(model, config)
+    num_pages = executor.storage.num_pages
+    scheduler = Scheduler(
+        num_pages=num_pages,
+        page_size=executor.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, config.max_num_seqs),
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    intake = Intake(
+        tokenizer,
+        vocab_size=executor.layout.vocab_size,
+        max_model_len=executor.max_model_len,
+        pool_tokens=num_pages * executor.page_size,
+        eos_token_ids=_eos_token_ids(causal_lm(model), tokenizer),
+    )
+    return Engine(executor, scheduler, intake)
+
+
+def find_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer that lies beside a model, by its name or path, in a GGUF file too; None when there is none."""
+    if not name_or_path:
+        return None
+    from transformers import AutoTokenizer
+
+    options = {}
+    ggufs = list(Path(name_or_path).glob("*.gguf")) if Path(name_or_path).is_dir() else []
+    if len(ggufs) == 1:
+        options["gguf_file"] = ggufs[0].name
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+    except (
+        Exception
+    ) as error:  # whatever is wrong with it, prompts of token ids still work, and text says what it needs
+        logger.info("no tokenizer found for %r (%s): prompts must be token ids", name_or_path, error)
+        return None
+
+
+def _eos_token_ids(lm: nn.Module, tokenizer: Any) -> frozenset[int]:
+    sources = (getattr(lm, "generation_config", None), lm.config.get_text_config(), tokenizer)  # type: ignore[operator,union-attr]
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([int(eos)] if isinstance(eos, int) else [int(e) for e in eos])
+    return frozenset()

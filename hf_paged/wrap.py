@@ -1,0 +1,161 @@
+"""wrap() and unwrap(): a transformers model that generates through pages, and back. The same object throughout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hf_paged import many
+from hf_paged.config import EngineConfig
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.intake import Prompt
+from hf_paged.generate import PagedSampling
+from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
+from hf_paged.outputs import RequestOutput
+from hf_paged.sampling_params import RequestOutputKind
+from hf_paged.state import PagedState
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = None, **overrides: Any) -> Model:
+    """Gives a model paged generation, in place.
+
+    The object, its parameters, its training forward, its state dict and what `save_pretrained` writes stay as they are.
+    The engine, with the page pool's memory, is made at the first generation.
+
+    Args:
+        model: a transformers causal LM, or a PEFT, DDP or `torch.compile` wrapper around one.
+        config: how to build the engine.
+        tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given.
+        overrides: fields of `EngineConfig` to change.
+
+    Returns:
+        the same object, now also a `PagedGenerationMixin`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be paged; it says why, and the model is unchanged.
+        TypeError: not a module, or an option that does not exist.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap() takes a transformers model, got {type(model).__name__}")
+    if reason := why_unpageable(model):
+        raise refuse(model, reason)
+    already = model.__dict__.get("_hf_paged")
+    base = config or (already.config if already else EngineConfig())
+    state = PagedState(base.with_changes(**overrides), tokenizer or (already.tokenizer if already else None))
+    lm = causal_lm(model)
+    for part in {id(lm): lm, id(model): model}.values():
+        if not isinstance(part, PagedGenerationMixin):
+            part.__class__ = _paged_class(type(part), part is not lm)
+        part.__dict__["_hf_paged"] = state
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undoes `wrap`: the original class, and the pool's memory given back. A model that is not wrapped is left alone."""
+    lm = causal_lm(model)
+    for part in {id(lm): lm, id(model): model}.values():
+        state = part.__dict__.pop("_hf_paged", None)
+        if state is not None:
+            state.drop_engine()
+        if isinstance(part, PagedGenerationMixin) and hasattr(type(part), "_hf_paged_original"):
+            part.__class__ = type(part)._hf_paged_original
+    return model
+
+
+class PagedGenerationMixin(PagedSampling):
+    """Paged generation for a transformers causal LM: `wrap` mixes it in, and so may a class of your own.
+
+    `generate` is transformers' own, run through the engine wherever it can be. `class MyModel(PagedGenerationMixin,
+    LlamaForCausalLM)` needs no `wrap`.
+    """
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made when first needed: `add_request`, `step`, `abort`, `has_unfinished`."""
+        return self._state().engine(self)  # type: ignore[arg-type]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: many.Sampling | Sequence[many.Sampling] = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Generates for many prompts at once, by continuous batching.
+
+        Args:
+            prompts: strings, token-id lists and chat message lists, mixed as you like.
+            sampling: one `SamplingParams` or `GenerationConfig` for all, or a list with one per prompt. None: the model's
+                own generation config, with `SamplingParams`' max_tokens where that names no length.
+            progress: a progress bar; None shows one on a terminal.
+
+        Returns:
+            one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason "error"
+            and the exception in `error`; the others are not affected.
+
+        Raises:
+            ValueError, TypeError: a bad prompt or parameter, before any work starts.
+        """
+        engine = self.engine
+        requests = many.make_requests(engine, causal_lm(self), prompts, sampling, RequestOutputKind.FINAL_ONLY)  # type: ignore[arg-type]
+        return many.generate_many(engine, requests, progress)
+
+    def stream(self, prompt: Prompt, sampling: many.Sampling = None) -> Iterator[str]:
+        """The text of one sample, piece by piece as it is generated. The pieces joined are the final text.
+
+        Leaving the loop early aborts the request.
+
+        Raises:
+            ValueError, TypeError: a bad prompt or parameter, no tokenizer, or n > 1; raised by the call itself.
+        """
+        engine = self.engine
+        requests = many.make_requests(engine, causal_lm(self), [prompt], sampling, RequestOutputKind.DELTA)  # type: ignore[arg-type]
+        if requests[0].sampling.n > 1:
+            raise ValueError(f"stream() follows one sample, got n={requests[0].sampling.n}")
+        if engine.intake.tokenizer is None:
+            raise ValueError("stream() yields text and needs a tokenizer: give one with wrap(model, tokenizer=...)")
+        return many.stream_text(engine, requests[0])
+
+    def _state(self) -> PagedState:
+        state = self.__dict__.get("_hf_paged")
+        if state is None:  # a class of one's own that was never wrapped
+            state = self.__dict__["_hf_paged"] = PagedState(EngineConfig())
+        return state
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class that `wrap` makes has no name to be found by: copies and pickles name the original and wrap again.
+        reduced = super().__reduce_ex__(protocol)
+        original = getattr(type(self), "_hf_paged_original", None)
+        if original is None:
+            return reduced
+        wrapper = isinstance(self, _WrapperMixin)
+        return (_new_paged, (original, wrapper), *reduced[2:])
+
+
+class _WrapperMixin(PagedGenerationMixin):
+    """For a wrapper around a causal LM (PEFT, DDP, `torch.compile`): what it does not do itself, the model inside does."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapped model's `generate`."""
+        own = getattr(super(), "generate", None)
+        return (own or causal_lm(self).generate)(*args, **kwargs)  # type: ignore[arg-type,operator]
+
+
+@functools.cache
+def _paged_class(original: type, wrapper: bool) -> type:
+    """The class of a wrapped `original`, under the same name: that name is what `save_pretrained` writes."""
+    mixin = _WrapperMixin if wrapper else PagedGenerationMixin
+    names = ("__module__", "__qualname__", "__doc__")
+    members = {name: getattr(original, name) for name in names} | {"_hf_paged_original": original}
+    return type(original.__name__, (mixin, original), members)
+
+
+def _new_paged(original: type, wrapper: bool) -> Any:
+    cls = _paged_class(original, wrapper)
+    return cls.__new__(cls)
