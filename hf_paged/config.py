@@ -21,7 +21,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     """Memory for the pool. None: from what is free (on a CPU a quarter of the available memory, at most 4 GiB)."""
     gpu_memory_utilization: float = 0.92
-    """Share of the GPU's memory that the process may use, weights included, when the pool is sized from what is free."""
+    """Share of the GPU's memory that the process may use, weights included, when the pool is sized from what is
+    free."""
     max_num_seqs: int = 256
     """Sequences that run at once."""
     max_num_batched_tokens: int | None = None
@@ -31,7 +32,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Keep full pages for later requests that begin with the same tokens."""
     logprobs_mode: str = "raw_logprobs"
-    """Log-probabilities of the model itself ("raw_logprobs"), or after penalties, temperature, top-k... ("processed_logprobs")."""
+    """Log-probabilities of the model itself ("raw_logprobs"), or after penalties, temperature, top-k...
+    ("processed_logprobs")."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_model_len"):

@@ -1,8 +1,8 @@
 """transformers' own `generate`, with its sampling loop replaced.
 
 `generate` prepares everything as always: the generation config and its defaults, inputs and masks, processors, stopping
-criteria. Then it calls `_sample`, and that is the one method we override, so that every argument means what it always meant.
-Whatever the engine does not do stays with the stock loop, said once in the log.
+criteria. Then it calls `_sample`, and that is the one method we override, so that every argument means what it always
+meant. Whatever the engine does not do stays with the stock loop, said once in the log.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Call:
         self._check(model_kwargs)
         width = input_ids.shape[1]
         padding = self._padding(model_kwargs)
-        processors, warpers = self._split_processors(list(processors))
+        own_processors, warpers = self._split_processors(list(processors))
         max_length = min((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), default=None)
         eos = [int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.reshape(-1).tolist()]
         own = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
@@ -148,7 +148,7 @@ class _Call:
             raise StockPath(f"{longest} tokens go beyond the model's length of {engine.intake.max_model_len}")
         keep = bool(config.return_dict_in_generate)
         self.keep_scores, self.keep_logits = keep and bool(config.output_scores), keep and bool(config.output_logits)
-        needs_hooks = bool(processors or own or self.keep_scores or self.keep_logits)
+        needs_hooks = bool(own_processors or own or self.keep_scores or self.keep_logits)
         copies = 1 if needs_hooks else max(1, config.num_return_sequences or 1)
         sampling = SamplingParams(
             n=copies,
@@ -165,7 +165,7 @@ class _Call:
             hooks = None
             if needs_hooks:
                 hooks = Hooks(
-                    processors=[_for_row(processor, row) for processor in processors],
+                    processors=[_for_row(processor, row) for processor in own_processors],
                     stopping_criteria=own,
                     padding=rows[row][: padding[row]],
                     keep_logits=self.keep_logits,
@@ -218,7 +218,8 @@ class _Call:
         return [int(p) for p in padding]
 
     def _split_processors(self, processors: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """(processors to call row by row, sampling parameters for the warpers at the end that the sampler does itself)."""
+        """(processors to call row by row, sampling parameters for the warpers at the end that the sampler does
+        itself)."""
         for processor in processors:
             kind = type(processor)
             if kind.__module__.startswith("transformers.") and kind.__name__ not in ROW_BY_ROW:
@@ -238,7 +239,7 @@ class _Call:
             processors = processors[:-1]
         return processors, {"temperature": 1.0, **found}
 
-    # ---- running it ------------------------------------------------------------------------------------------------
+    # ---- running it ----------------------------------------------------------------------------------------
 
     def run(self) -> Any:
         for output in self.engine.run(self.requests):
@@ -261,14 +262,15 @@ class _Call:
             return ids
         hooks = [request.hooks for request in self.requests if request.hooks is not None]
         return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=_by_step([h.scores for h in hooks], longest) if self.keep_scores else None,
-            logits=_by_step([h.logits for h in hooks], longest) if self.keep_logits else None,
+            sequences=ids,  # type: ignore[arg-type]
+            scores=_by_step([h.scores for h in hooks], longest) if self.keep_scores else None,  # type: ignore[arg-type]
+            logits=_by_step([h.logits for h in hooks], longest) if self.keep_logits else None,  # type: ignore[arg-type]
         )
 
 
 def _by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:
-    """Per-row lists of `[V]` as one `[B, V]` per step; zeros once a row has ended (what stock has there means nothing)."""
+    """Per-row lists of `[V]` as one `[B, V]` per step; zeros once a row has ended (what stock has there means
+    nothing)."""
     blank = torch.zeros_like(rows[0][0])
     return tuple(torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(steps))
 

@@ -1,4 +1,5 @@
-"""SamplingParams: how to continue a prompt, in vLLM's words; and their translation from transformers' GenerationConfig."""
+"""SamplingParams: how to continue a prompt, in vLLM's words; and their translation from transformers'
+GenerationConfig."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class SamplingParams:
     min_tokens: int = 0
     """Before this many, neither end-of-sequence ids nor stop strings end the sample."""
     logprobs: int | None = None
-    """Report the sampled token's log-probability and those of this many likeliest tokens; -1 is the whole vocabulary."""
+    """Report the sampled token's log-probability and those of this many likeliest tokens; -1 is the whole
+    vocabulary."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens. Such a prompt is computed in full, whatever is cached."""
     detokenize: bool = True
@@ -87,7 +89,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_lists()
 
-    # ---- checks --------------------------------------------------------------------------------------------------
+    # ---- checks --------------------------------------------------------------------------------------------
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, low=1)
@@ -150,7 +152,7 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
 
-    # ---- what follows from the fields ------------------------------------------------------------------------------
+    # ---- what follows from the fields ----------------------------------------------------------------------
 
     @property
     def greedy(self) -> bool:
@@ -174,7 +176,7 @@ class SamplingParams:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    # ---- transformers --------------------------------------------------------------------------------------------
+    # ---- transformers --------------------------------------------------------------------------------------
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, *, prompt_tokens: int = 0) -> SamplingParams:
@@ -215,8 +217,8 @@ class SamplingParams:
         elif config.max_length is not None:
             if config.max_length <= prompt_tokens:
                 raise ValueError(
-                    f"max_length ({config.max_length}) counts the prompt, which has {prompt_tokens} tokens: nothing is left "
-                    "to generate. Set max_new_tokens."
+                    f"max_length ({config.max_length}) counts the prompt, which has {prompt_tokens} tokens: "
+                    "nothing is left to generate. Set max_new_tokens."
                 )
             given["max_tokens"] = config.max_length - prompt_tokens
         if config.min_new_tokens is not None:
@@ -285,7 +287,8 @@ _GENERATE_ONLY: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "max_time": (),
 }
-"""GenerationConfig fields that change the tokens and that SamplingParams cannot say, with the values that switch them off."""
+"""GenerationConfig fields that change the tokens and that SamplingParams cannot say, with the values that switch them
+off."""
 
 
 def _integer(name: str, value: Any, low: int | None = None) -> None:
@@ -310,5 +313,5 @@ def _each(name: str, values: Any, kind: type) -> None:
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} must be a list of {kind.__name__}, got {value!r} in it")
-        if kind is int and value < 0:
+        if isinstance(value, int) and value < 0:
             raise ValueError(f"{name} must hold token ids, got {value}")

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from hf_paged import many
@@ -51,20 +50,22 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     lm = causal_lm(model)
     for part in {id(lm): lm, id(model): model}.values():
         if not isinstance(part, PagedGenerationMixin):
-            part.__class__ = _paged_class(type(part), part is not lm)
+            part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]
         part.__dict__["_hf_paged"] = state
     return model
 
 
 def unwrap(model: Model) -> Model:
-    """Undoes `wrap`: the original class, and the pool's memory given back. A model that is not wrapped is left alone."""
+    """Undoes `wrap`: the original class, and the pool's memory given back. A model that is not wrapped is left
+    alone."""
     lm = causal_lm(model)
     for part in {id(lm): lm, id(model): model}.values():
         state = part.__dict__.pop("_hf_paged", None)
         if state is not None:
             state.drop_engine()
-        if isinstance(part, PagedGenerationMixin) and hasattr(type(part), "_hf_paged_original"):
-            part.__class__ = type(part)._hf_paged_original
+        original = getattr(type(part), "_hf_paged_original", None)
+        if original is not None:
+            part.__class__ = original
     return model
 
 
@@ -91,19 +92,21 @@ class PagedGenerationMixin(PagedSampling):
 
         Args:
             prompts: strings, token-id lists and chat message lists, mixed as you like.
-            sampling: one `SamplingParams` or `GenerationConfig` for all, or a list with one per prompt. None: the model's
+            sampling: one `SamplingParams` or `GenerationConfig` for all, or a list with one per prompt. None: the
+                model's
                 own generation config, with `SamplingParams`' max_tokens where that names no length.
             progress: a progress bar; None shows one on a terminal.
 
         Returns:
-            one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason "error"
-            and the exception in `error`; the others are not affected.
+            one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason
+            "error" and the exception in `error`; the others are not affected.
 
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
         """
         engine = self.engine
-        requests = many.make_requests(engine, causal_lm(self), prompts, sampling, RequestOutputKind.FINAL_ONLY)  # type: ignore[arg-type]
+        lm = causal_lm(self)
+        requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
         return many.generate_many(engine, requests, progress)
 
     def stream(self, prompt: Prompt, sampling: many.Sampling = None) -> Iterator[str]:
@@ -115,7 +118,8 @@ class PagedGenerationMixin(PagedSampling):
             ValueError, TypeError: a bad prompt or parameter, no tokenizer, or n > 1; raised by the call itself.
         """
         engine = self.engine
-        requests = many.make_requests(engine, causal_lm(self), [prompt], sampling, RequestOutputKind.DELTA)  # type: ignore[arg-type]
+        lm = causal_lm(self)
+        requests = many.make_requests(engine, lm, [prompt], sampling, RequestOutputKind.DELTA)
         if requests[0].sampling.n > 1:
             raise ValueError(f"stream() follows one sample, got n={requests[0].sampling.n}")
         if engine.intake.tokenizer is None:
@@ -139,12 +143,13 @@ class PagedGenerationMixin(PagedSampling):
 
 
 class _WrapperMixin(PagedGenerationMixin):
-    """For a wrapper around a causal LM (PEFT, DDP, `torch.compile`): what it does not do itself, the model inside does."""
+    """For a wrapper around a causal LM (PEFT, DDP, `torch.compile`): what it does not do itself, the model inside
+    does."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the wrapped model's `generate`."""
         own = getattr(super(), "generate", None)
-        return (own or causal_lm(self).generate)(*args, **kwargs)  # type: ignore[arg-type,operator]
+        return (own or causal_lm(self).generate)(*args, **kwargs)
 
 
 @functools.cache
@@ -157,5 +162,5 @@ def _paged_class(original: type, wrapper: bool) -> type:
 
 
 def _new_paged(original: type, wrapper: bool) -> Any:
-    cls = _paged_class(original, wrapper)
-    return cls.__new__(cls)
+    paged: Any = _paged_class(original, wrapper)
+    return paged.__new__(paged)

@@ -1,12 +1,12 @@
 """Where transformers meets us: the attention function registered under the name "hf_paged".
 
 transformers looks its attention function up by the config's `_attn_implementation` at every call and passes the keyword
-arguments of `model(...)` through to it. So the batch's metadata rides in as one keyword, `paged=PagedForward(...)`, and the
-function is the only place where a model's layers and our pages touch.
+arguments of `model(...)` through to it. So the batch's metadata rides in as one keyword, `paged=PagedForward(...)`, and
+the function is the only place where a model's layers and our pages touch.
 
 A forward without that keyword (a training step in another thread while we generate) gets what it would have got without
-us: torch's own attention under the mask that transformers made for it, which is why the name is registered with the mask
-interface too.
+us: torch's own attention under the mask that transformers made for it, which is why the name is registered with the
+mask interface too.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def paged_attention(
         scaling = query.shape[-1] ** -0.5
     if paged is None:
         return _unpaged(module, query, key, value, attention_mask, scaling, dropout, options), None
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return paged.attend(module, *rows, scaling, options)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return paged.attend(module, q, k, v, scaling, options)[None], None
 
 
 def _unpaged(
@@ -90,7 +90,8 @@ AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def packed_mask(device: torch.device) -> Tensor:
-    """A stand-in for the attention mask of a packed forward. Being 4-D it is passed on as it is, and no mask is built."""
+    """A stand-in for the attention mask of a packed forward. Being 4-D it is passed on as it is, and no mask is
+    built."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 

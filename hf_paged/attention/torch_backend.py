@@ -1,9 +1,10 @@
 """Attention over pages in plain torch: the CPU path, and any device's fallback. No compiler, no extra package.
 
-Decode works page by page, not sequence by sequence. Each page is one item of a batched matrix product: the query rows of
-all the sequences that own the page against its keys, so a page shared by sixteen samples is read once for the sixteen, and
-a page is read where it lies where the step's pages are dense enough in the pool. The parts of a sequence are put together
-by the usual rescaling with the row's maximum (split-KV "flash decoding"; arXiv 2205.14135 for the rescaling).
+Decode works page by page, not sequence by sequence. Each page is one item of a batched matrix product: the query rows
+of all the sequences that own the page against its keys, so a page shared by sixteen samples is read once for the
+sixteen, and a page is read where it lies where the step's pages are dense enough in the pool. The parts of a sequence
+are put together by the usual rescaling with the row's maximum (split-KV "flash decoding"; arXiv 2205.14135 for the
+rescaling).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class TorchBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    # ---- plan: once per step, on the host ---------------------------------------------------------------------------
+    # ---- plan: once per step, on the host ------------------------------------------------------------------
 
     def plan(self, batch: AttentionBatch, layers: list[LayerSpec]) -> TorchPlan:
         windows = {layer.window for layer in layers}
@@ -153,7 +154,7 @@ class TorchBackend:
     def _upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
-    # ---- run: once per layer, on the device -------------------------------------------------------------------------
+    # ---- run: once per layer, on the device ----------------------------------------------------------------
 
     def run(
         self,

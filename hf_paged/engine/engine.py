@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from hf_paged.engine.batch import Batch
 from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.output import OutputProcessor
 from hf_paged.engine.request import Request, Sequence
-from hf_paged.engine.scheduler import Batch, Scheduler
+from hf_paged.engine.scheduler import Scheduler
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
 from hf_paged.sampling_params import SamplingParams
@@ -52,9 +53,9 @@ class EngineStats:
 class Engine:
     """Continuous batching over one executor.
 
-    Callers either own the loop (`add_request`, `step`, `abort`, `has_unfinished`) or leave it to `run`. Any number of threads
-    may call anything at once: requests and aborts go through an inbox, and whoever waits for output computes the next step
-    for everybody.
+    Callers either own the loop (`add_request`, `step`, `abort`, `has_unfinished`) or leave it to `run`. Any number of
+    threads may call anything at once: requests and aborts go through an inbox, and whoever waits for output computes
+    the next step for everybody.
     """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, intake: Intake) -> None:
@@ -75,7 +76,7 @@ class Engine:
         """The thread that is computing a step."""
         self._used = False
 
-    # ---- for callers who own the loop --------------------------------------------------------------------------------
+    # ---- for callers who own the loop ----------------------------------------------------------------------
 
     def add_request(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
@@ -100,7 +101,8 @@ class Engine:
         return outputs
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
-        """Ends requests, keeping what they have so far; their last output says finish_reason "abort". Unknown ids are fine."""
+        """Ends requests, keeping what they have so far; their last output says finish_reason "abort". Unknown ids are
+        fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self._inbox.append(lambda: self._abort(ids))
         if self._driver == threading.get_ident():
@@ -120,7 +122,7 @@ class Engine:
         """Forgets all cached pages before the next step."""
         self.weights_updated()
 
-    # ---- for fronts ------------------------------------------------------------------------------------------------
+    # ---- for fronts ----------------------------------------------------------------------------------------
 
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
         """Queues requests, all or none.
@@ -141,6 +143,11 @@ class Engine:
                 )
             self._ids.update(request.request_id for request in requests)
         self._inbox.append(lambda: self._add(requests, deliver))
+
+    def drive(self) -> bool:
+        """Computes one step and hands its outputs to their readers. Returns False when there was nothing to compute."""
+        with _Turn(self, lambda: False):
+            return self._step()
 
     def run(self, requests: list[Request]) -> Iterator[RequestOutput]:
         """Submits requests and yields their outputs as they come, until all are finished.
@@ -164,15 +171,15 @@ class Engine:
             if unfinished:
                 self.abort(unfinished)
 
-    # ---- one step; only ever one thread at a time -----------------------------------------------------------------------
+    # ---- one step; only ever one thread at a time ----------------------------------------------------------
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         self._read_inbox()
         start = time.monotonic()
         try:
             batch = self.scheduler.schedule()
             if not batch:
-                return
+                return False
             result = self.executor.execute(batch)
             self.scheduler.advance(batch)
             self._report(self._append(batch, result))
@@ -182,6 +189,7 @@ class Engine:
             self._report([request for request in self._requests.values() if request.finished])
             raise
         self._count(batch, start)
+        return True
 
     def _append(self, batch: Batch, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
@@ -264,7 +272,7 @@ class Engine:
         for observer in self.observers:
             observer(record)
 
-    # ---- the inbox -----------------------------------------------------------------------------------------------------
+    # ---- the inbox -----------------------------------------------------------------------------------------
 
     def _read_inbox(self) -> None:
         if self._used and self.executor.optimizer_stepped():
@@ -296,8 +304,8 @@ class Engine:
 class _Turn:
     """The right to compute: `with _Turn(engine, enough) as mine`. Waits while another thread has it.
 
-    `mine` is False, and nothing was taken, when `enough()` came true meanwhile: the other thread's step brought what this
-    one was waiting for.
+    `mine` is False, and nothing was taken, when `enough()` came true meanwhile: the other thread's step brought what
+    this one was waiting for.
     """
 
     def __init__(self, engine: Engine, enough: Callable[[], bool]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from hf_paged.attention.torch_backend import TorchBackend
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
-from hf_paged.engine.scheduler import Batch, Chunk
+from hf_paged.engine.batch import Batch, Chunk
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.model.introspect import causal_lm, inspect_model
 from hf_paged.model.runner import ModelRunner

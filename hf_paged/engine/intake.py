@@ -81,7 +81,7 @@ class Intake:
             hooks=hooks,
         )
 
-    # ---- prompts ---------------------------------------------------------------------------------------------------
+    # ---- prompts -------------------------------------------------------------------------------------------
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt as (text if it came as text, token ids)."""
@@ -93,8 +93,8 @@ class Intake:
             if "prompt" in prompt:
                 return self.tokenize(prompt["prompt"])
             raise TypeError(
-                f'a prompt given as a dict needs "prompt" or "prompt_token_ids", got keys {sorted(map(str, prompt))}; a chat is '
-                "a list of messages"
+                'a prompt given as a dict needs "prompt" or "prompt_token_ids", '
+                f"got keys {sorted(map(str, prompt))}; a chat is a list of messages"
             )
         if isinstance(prompt, torch.Tensor | np.ndarray):
             if prompt.ndim != 1:
@@ -104,7 +104,7 @@ class Intake:
             if prompt and all(isinstance(part, Mapping) for part in prompt):
                 return self._apply_chat_template(list(prompt))
             if all(isinstance(part, int | np.integer) and not isinstance(part, bool) for part in prompt):
-                return None, [int(part) for part in prompt]
+                return None, [int(part) for part in prompt]  # type: ignore[arg-type]
         raise TypeError(
             "a prompt must be a string, a list of token ids, or a list of chat messages (dicts with role and content), "
             f"got {_describe(prompt)}"
@@ -123,12 +123,12 @@ class Intake:
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                f"{what} needs a tokenizer and none was found beside the model: give one with wrap(model, tokenizer=...), "
-                "or give prompts as token ids"
+                f"{what} needs a tokenizer and none was found beside the model: give one with "
+                "wrap(model, tokenizer=...), or give prompts as token ids"
             )
         return self.tokenizer
 
-    # ---- checks ----------------------------------------------------------------------------------------------------
+    # ---- checks --------------------------------------------------------------------------------------------
 
     def _check_ids(self, ids: list[int]) -> None:
         if not ids:

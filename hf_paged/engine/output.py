@@ -101,7 +101,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
 
-    # ---- the end of a sequence -------------------------------------------------------------------------------------
+    # ---- the end of a sequence -----------------------------------------------------------------------------
 
     def end_of(self, sequence: Sequence) -> tuple[str, int | str | None] | None:
         """Whether the sequence ends with its last token: (finish_reason, stop_reason), or None.
@@ -131,7 +131,7 @@ class OutputProcessor:
         ids = torch.tensor([hooks.padding + sequence.tokens], device=scores.device)
         return any(bool(torch.as_tensor(met(ids, scores[None])).all()) for met in hooks.stopping_criteria)
 
-    # ---- what is reported ------------------------------------------------------------------------------------------
+    # ---- what is reported ----------------------------------------------------------------------------------
 
     def output(self, request: Request) -> RequestOutput | None:
         """What a request's reader gets after a step that touched it; None when it asked to be told only at the end."""

@@ -68,7 +68,8 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Hooks:
-    """What transformers' `generate` asks of single rows, beyond `SamplingParams`. All tensors are on the model's device."""
+    """What transformers' `generate` asks of single rows, beyond `SamplingParams`. All tensors are on the model's
+    device."""
 
     processors: list[Callable[[Any, Any], Any]] = field(default_factory=list)
     """transformers-style logits processors, `(input_ids [1, L], scores [1, V]) -> scores`, in order."""

@@ -1,8 +1,8 @@
 """Scheduler: which tokens of which sequences the next step computes, and in which pages. Plain integers, no torch.
 
-Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, arXiv 2403.02310): every step carries one token
-of each running sequence whose prompt is done, and fills the rest of its token budget with pieces of prompts. Pages
-(PagedAttention, arXiv 2309.06180) are taken for what the step will write and nothing more; when they run out, the
+Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, arXiv 2403.02310): every step carries one
+token of each running sequence whose prompt is done, and fills the rest of its token budget with pieces of prompts.
+Pages (PagedAttention, arXiv 2309.06180) are taken for what the step will write and nothing more; when they run out, the
 youngest running sequence goes back to the queue with its tokens kept, and is computed again later.
 """
 
@@ -11,67 +11,21 @@ from __future__ import annotations
 import bisect
 import heapq
 import time
-from dataclasses import dataclass, field
+from operator import attrgetter
 
 from hf_paged.cache.pages import PagePool
-from hf_paged.cache.prefix import PrefixTree
+from hf_paged.cache.prefix import Node, PrefixTree
+from hf_paged.engine.batch import Batch, Chunk, SchedulerStats
 from hf_paged.engine.request import Request, Sequence
 
-
-@dataclass(slots=True)
-class Chunk:
-    """A piece of prefill: tokens `[start, start + length)` of a sequence."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: list[Sequence]
-    """Whose next token is sampled from the last row: nobody's (more of the prompt is to come), the sequence's own, or
-    that of all n samples of a request whose prompt is now done."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step's work. Rows are packed: one per decoding sequence, in order, then the chunks' tokens."""
-
-    decodes: list[Sequence] = field(default_factory=list)
-    """Each computes its last token and samples the next."""
-    chunks: list[Chunk] = field(default_factory=list)
-    page_writes: list[tuple[int, int, int]] = field(default_factory=list)
-    """Changes to the block table since the last step: (slot, index in the row, page)."""
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """Copy-on-write: (from page, to page), to be copied before the step writes anything."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.length for chunk in self.chunks)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
-
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get a token from this step, in the order of their logits rows."""
-        return self.decodes + [sequence for chunk in self.chunks for sequence in chunk.samples]
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Totals since the scheduler was made."""
-
-    prefix_queries: int = 0
-    """Prompt tokens looked up in the prefix tree."""
-    prefix_hits: int = 0
-    """Prompt tokens found there."""
-    num_preemptions: int = 0
-    peak_pages: int = 0
-    """The most pages held by running sequences at once (cached pages that nobody uses are not counted)."""
+_order = attrgetter("order")
 
 
 class Scheduler:
     """Decides; never computes.
 
-    `schedule` -> `Batch`, then the caller computes it, then `advance` says that it is computed, then the caller appends the
-    sampled tokens and calls `finish` for sequences that are done. If the computation fails, `recover` instead.
+    `schedule` -> `Batch`, then the caller computes it, then `advance` says that it is computed, then the caller appends
+    the sampled tokens and calls `finish` for sequences that are done. If the computation fails, `recover` instead.
 
     Args:
         num_pages, page_size: the pool.
@@ -114,7 +68,7 @@ class Scheduler:
         self._reserved_slots = 0
         self._page_writes: list[tuple[int, int, int]] = []
 
-    # ---- what is there -------------------------------------------------------------------------------------------
+    # ---- what is there -------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
@@ -136,17 +90,17 @@ class Scheduler:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    # ---- requests come and go ------------------------------------------------------------------------------------
+    # ---- requests come and go ------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
         """Raises ValueError, with the numbers, for a request that could not finish even alone in the whole pool."""
         tokens = request.num_prompt + request.max_tokens - 1  # the last token is never written
         if self.pages_for(tokens) > self.num_pages:
             raise ValueError(
-                f"request {request.request_id!r}: {request.num_prompt} prompt tokens and up to {request.max_tokens} new "
-                f"ones need {self.pages_for(tokens)} pages of {self.page_size} tokens, and the whole pool has "
-                f"{self.num_pages}. Shorten the prompt, lower max_tokens, or give the pool more memory "
-                "(num_pages or kv_cache_memory_bytes)."
+                f"request {request.request_id!r}: {request.num_prompt} prompt tokens and up to {request.max_tokens} "
+                f"new ones need {self.pages_for(tokens)} pages of {self.page_size} tokens, and the whole pool has "
+                f"{self.num_pages}. Shorten the prompt, lower max_tokens, or give the pool more memory (num_pages or "
+                "kv_cache_memory_bytes)."
             )
 
     def add(self, request: Request) -> None:
@@ -173,7 +127,8 @@ class Scheduler:
         return self.tree.clear()
 
     def recover(self) -> None:
-        """After a step that failed half way: every sequence goes back to the queue with its tokens, the pool is made anew.
+        """After a step that failed half way: every sequence goes back to the queue with its tokens, the pool is made
+        anew.
 
         Whatever the step had done to pages or tables no longer matters, so no failure can leak one.
         """
@@ -197,7 +152,7 @@ class Scheduler:
                     queued.add(id(member))
                     self._enqueue(member)
 
-    # ---- one step ------------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch:
         """The next step. An empty batch means that nothing is left to do."""
@@ -245,7 +200,7 @@ class Scheduler:
             if len(chunk.samples) > 1:
                 self._fork(sequence)
 
-    # ---- pages ---------------------------------------------------------------------------------------------------
+    # ---- pages ---------------------------------------------------------------------------------------------
 
     def _make_room(self, sequence: Sequence, end: int, batch: Batch) -> bool:
         """Gives a running sequence pages for tokens up to `end`, its own ones where it writes.
@@ -286,7 +241,8 @@ class Scheduler:
         self._page_writes.extend((sequence.slot, start + i, page) for i, page in enumerate(pages))
 
     def _cache_full_pages(self, sequence: Sequence) -> None:
-        """Puts pages that have become full into the prefix tree; a page that a twin cached first is swapped for the twin's."""
+        """Puts pages that have become full into the prefix tree; a page that a twin cached first is swapped for the
+        twin's."""
         if sequence.epoch != self.tree.epoch:
             return
         size, path, pages = self.page_size, sequence.path, sequence.pages
@@ -304,14 +260,14 @@ class Scheduler:
         self.tree.release(sequence.path)
         sequence.pages, sequence.path = [], []
 
-    # ---- queue and slots -----------------------------------------------------------------------------------------
+    # ---- queue and slots -----------------------------------------------------------------------------------
 
     def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))
         self._num_waiting += 1
 
     def _remove_running(self, sequence: Sequence) -> None:
-        index = bisect.bisect_left(self.running, sequence.order, key=lambda s: s.order)
+        index = bisect.bisect_left(self.running, sequence.order, key=_order)
         assert self.running[index] is sequence
         del self.running[index]
         self._let_go(sequence)
@@ -332,45 +288,80 @@ class Scheduler:
         self._enqueue(sequence)
 
     def _admit(self, budget: int, batch: Batch) -> None:
-        """Lets waiting sequences run, in order, while there are slots, pages and budget for them."""
+        """Lets waiting sequences run, in order, while there are slots, pages and budget for them.
+
+        One whose next page of prompt is being computed by another sequence in this very step waits for it: then it
+        finds the page cached, and the common beginning of many prompts is computed once even if all arrive together.
+        """
+        in_progress = {key for chunk in batch.chunks if (key := self._page_in_progress(chunk)) is not None}
+        put_off: list[tuple[tuple[int, int, int], Sequence]] = []
         while self._waiting and budget > 0:
-            sequence = self._waiting[0][1]
+            entry = self._waiting[0]
+            sequence = entry[1]
+            request = sequence.request
             if sequence.finish_reason is not None:
                 heapq.heappop(self._waiting)
                 continue
-            request = sequence.request
             slots = 1 if request.forked else min(len(request.sequences), self.max_num_seqs)
             if len(self._slots) - self._reserved_slots < slots:
-                return
+                break
             total = len(sequence.tokens)
-            path = []
+            path: list[Node] = []
             if self.enable_prefix_caching and request.sampling.prompt_logprobs is None:
-                path = self.tree.match(sequence.tokens, (total - 1) // self.page_size)
+                most = (total - 1) // self.page_size  # the last token is always computed: its logits are wanted
+                path = self.tree.match(sequence.tokens, most)
+                if in_progress and len(path) < most and self._page_key(sequence.tokens, path) in in_progress:
+                    put_off.append(heapq.heappop(self._waiting))
+                    continue
             idle = sum(node.users == 0 for node in path)
-            # A little room is left to those that run already, lest the newcomer be preempted at the next page boundary.
+            # A little room is left to those that run, lest the newcomer be preempted at the next page boundary.
             spare = max(1, self.num_pages // 100) if self.running else 0
             if self.pages_for(total) - len(path) + spare > self.num_available_pages - idle:
-                return
+                break
             heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            sequence.slot = self._slots.pop()
-            sequence.epoch = self.tree.epoch
-            request.reserved = slots - 1
-            self._reserved_slots += request.reserved
-            bisect.insort(self.running, sequence, key=lambda s: s.order)
-            cached = len(path) * self.page_size
-            sequence.path = path
-            self._append_pages(sequence, self.tree.use(path))
-            length = min(total - cached, budget)
-            budget -= length
-            self._append_pages(sequence, self._allocate(self.pages_for(cached + length) - len(path)))
-            sequence.num_computed = cached
-            if request.metrics.first_scheduled_time is None:
-                request.metrics.first_scheduled_time = time.monotonic()
-                request.num_cached_tokens = cached
-                self.stats.prefix_queries += total
-                self.stats.prefix_hits += cached
-            batch.chunks.append(self._chunk(sequence, cached, length))
+            chunk = self._start(sequence, path, slots, budget)
+            budget -= chunk.length
+            batch.chunks.append(chunk)
+            if (key := self._page_in_progress(chunk)) is not None:
+                in_progress.add(key)
+        for entry in put_off:
+            heapq.heappush(self._waiting, entry)
+
+    def _start(self, sequence: Sequence, path: list[Node], slots: int, budget: int) -> Chunk:
+        """Gives a waiting sequence a slot, its cached pages and the pages of its first chunk."""
+        request = sequence.request
+        self._num_waiting -= 1
+        sequence.slot = self._slots.pop()
+        sequence.epoch = self.tree.epoch
+        request.reserved = slots - 1
+        self._reserved_slots += request.reserved
+        bisect.insort(self.running, sequence, key=_order)
+        total, cached = len(sequence.tokens), len(path) * self.page_size
+        sequence.path = path
+        self._append_pages(sequence, self.tree.use(path))
+        length = min(total - cached, budget)
+        self._append_pages(sequence, self._allocate(self.pages_for(cached + length) - len(path)))
+        sequence.num_computed = cached
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = time.monotonic()
+            request.num_cached_tokens = cached
+            self.stats.prefix_queries += total
+            self.stats.prefix_hits += cached
+        return self._chunk(sequence, cached, length)
+
+    def _page_key(self, tokens: list[int], path: list[Node]) -> tuple[int, tuple[int, ...]]:
+        """Names the first page of `tokens` below the cached `path`."""
+        start = len(path) * self.page_size
+        return id(path[-1]) if path else 0, tuple(tokens[start : start + self.page_size])
+
+    def _page_in_progress(self, chunk: Chunk) -> tuple[int, tuple[int, ...]] | None:
+        """The next page that a prefilling sequence will put in the prefix tree; None when it will put none."""
+        sequence = chunk.sequence
+        if not self.enable_prefix_caching or sequence.epoch != self.tree.epoch:
+            return None
+        if (len(sequence.path) + 1) * self.page_size > len(sequence.tokens):
+            return None
+        return self._page_key(sequence.tokens, sequence.path)
 
     def _chunk(self, sequence: Sequence, start: int, length: int) -> Chunk:
         samples = []
@@ -379,7 +370,8 @@ class Scheduler:
         return Chunk(sequence, start, length, samples)
 
     def _fork(self, first: Sequence) -> None:
-        """The prompt is computed: the other samples join, sharing all its pages; those without a slot wait their turn."""
+        """The prompt is computed: the other samples join, sharing all its pages; those without a slot wait their
+        turn."""
         request = first.request
         request.forked = True
         self._release_reservation(request)
@@ -398,4 +390,4 @@ class Scheduler:
             self.tree.share(first.path)
             self.pool.retain(first.pages)
             self._append_pages(sibling, first.pages)
-            bisect.insort(self.running, sibling, key=lambda s: s.order)
+            bisect.insort(self.running, sibling, key=_order)

@@ -1,4 +1,5 @@
-"""A scheduled batch as arrays: packed token ids, positions, pages. numpy only; its cost does not grow with the context."""
+"""A scheduled batch as arrays: packed token ids, positions, pages. numpy only; its cost does not grow with the
+context."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_paged.attention.backend import AttentionBatch, PrefillSpan
-from hf_paged.engine.scheduler import Batch
+from hf_paged.engine.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class StepInputs:
     sample_rows: list[int]
     """Per sampled sequence of the batch, its row among the R; samples of one prompt share a row at first."""
     prompt_rows: list[tuple[int, int]]
-    """Per chunk of the batch, the half-open range among the R of all its rows, where prompt log-probabilities are wanted;
-    else an empty range."""
+    """Per chunk of the batch, the half-open range among the R of all its rows, where prompt log-probabilities are
+    wanted; else an empty range."""
 
 
 class InputBuilder:
@@ -41,8 +42,8 @@ class InputBuilder:
     def build(self, batch: Batch) -> StepInputs:
         """Applies the batch's page writes and packs its rows, decodes first."""
         if batch.page_writes:
-            slots, indices, pages = zip(*batch.page_writes, strict=True)
-            self.block_table[slots, indices] = pages
+            writes = np.array(batch.page_writes)
+            self.block_table[writes[:, 0], writes[:, 1]] = writes[:, 2]
         size = self.page_size
         decodes, chunks = batch.decodes, batch.chunks
         count = len(decodes)

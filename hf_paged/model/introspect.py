@@ -36,7 +36,7 @@ class ModelLayout:
     takes_logits_to_keep: bool
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The transformers model inside DDP, `torch.compile` and PEFT wrappers; the model itself when there are none."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -50,7 +50,8 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def why_unpageable(model: nn.Module) -> str | None:
-    """Why a model (wrappers included) cannot be paged, as far as its config tells; None when nothing speaks against it."""
+    """Why a model (wrappers included) cannot be paged, as far as its config tells; None when nothing speaks against
+    it."""
     peft = getattr(model, "peft_config", None) or {}
     if any(getattr(config, "is_prompt_learning", False) for config in peft.values()):
         return "its PEFT adapter works by virtual tokens (prompt learning), which live in a cache of its own"
@@ -66,7 +67,8 @@ def why_unpageable(model: nn.Module) -> str | None:
         return "its attention does not go through transformers' attention interface"
     types = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if types - PAGEABLE_LAYER_TYPES:
-        return f"it has layers of type {', '.join(sorted(types - PAGEABLE_LAYER_TYPES))}, which are not attention over pages"
+        odd = ", ".join(sorted(types - PAGEABLE_LAYER_TYPES))
+        return f"it has layers of type {odd}, which are not attention over pages"
     devices = {parameter.device for parameter in lm.parameters()}
     if torch.device("meta") in devices:
         return "some of its weights are not loaded (device meta)"
@@ -181,8 +183,8 @@ def _max_model_len(config: Any) -> int:
                 # Beyond it the rotation of *all* positions depends on the longest sequence of the forward, so that
                 # neighbours in a batch would change each other's meaning.
                 logger.warning(
-                    "rope type %r rescales all positions once a sequence is longer than %d tokens, which sequences in one "
-                    "batch cannot share: max_model_len is %d instead of %d",
+                    "rope type %r rescales all positions once a sequence is longer than %d tokens, which sequences "
+                    "in one batch cannot share: max_model_len is %d instead of %d",
                     parameters["rope_type"], original, original, limit,
                 )  # fmt: skip
                 limit = original

@@ -1,7 +1,7 @@
 """A model is paged only after it has shown that it can be: a short prompt through pages against its own forward.
 
-Whatever a model does beyond attention over keys and values (a state between tokens, a mask of its own kind) shows here as
-different logits, before a user ever sees a wrong token.
+Whatever a model does beyond attention over keys and values (a state between tokens, a mask of its own kind) shows here
+as different logits, before a user ever sees a wrong token.
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def check_model(model: nn.Module, layout: ModelLayout, backend: AttentionBackend
     if not difference <= TOLERANCE.get(layout.kv_dtype, 0.25):
         raise refuse(
             model,
-            f"through pages its logits differ from its own forward's by {difference:.2g} of their norm, so it does more "
-            "than attend to keys and values",
+            f"through pages its logits differ from its own forward's by {difference:.2g} of their norm, "
+            "so it does more than attend to keys and values",
         )

@@ -41,7 +41,8 @@ class WeightWatch:
         self._steps = _optimizer_steps.value
 
     def changed(self) -> bool:
-        """Whether anything differs from the last call; True at the first. Reads all weights unless a cheap sign says it."""
+        """Whether anything differs from the last call; True at the first. Reads all weights unless a cheap sign says
+        it."""
         signs, steps = self._read_signs(), _optimizer_steps.value
         checksum = self._read_checksum()
         same = signs == self._signs and checksum == self._checksum
@@ -49,7 +50,8 @@ class WeightWatch:
         return not same
 
     def optimizer_stepped(self) -> bool:
-        """Whether any optimizer in the process took a step since the last call of this or of `changed`. Costs nothing."""
+        """Whether any optimizer in the process took a step since the last call of this or of `changed`. Costs
+        nothing."""
         stepped = self._steps != _optimizer_steps.value
         self._steps = _optimizer_steps.value
         return stepped
@@ -64,10 +66,10 @@ class WeightWatch:
                 tuple(getattr(module, "active_adapters", ()) or ()),
                 getattr(module, "disable_adapters", False),
                 tuple(getattr(module, "merged_adapters", ())),
-                tuple(sorted(module.scaling.items())),
+                tuple(sorted(scaling.items())),
             )
             for module in self._model.modules()
-            if isinstance(getattr(module, "scaling", None), dict)
+            if isinstance(scaling := getattr(module, "scaling", None), dict)
         )
         return tensors, adapters
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""The cumulative sum is taken over blocks first, then inside one block: two short scans instead of one over the vocabulary."""
+"""The cumulative sum is taken over blocks first, then inside one block: two short scans instead of one over the
+vocabulary."""
 
 NUCLEUS = 1024
-"""Top-p looks among this many likeliest tokens first, and sorts the whole vocabulary only for rows where they hold too little."""
+"""Top-p looks among this many likeliest tokens first, and sorts the whole vocabulary only for rows where they hold too
+little."""
 
 
 def uniforms(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -94,7 +96,8 @@ def draw(logits: Tensor, u: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p:
 
 
 def _draw_sorted(logits: Tensor, u: Tensor, k: int, limited: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """As `draw`, among the `k` likeliest tokens in order; `limited` rows have a top-k, the others need enough mass in k."""
+    """As `draw`, among the `k` likeliest tokens in order; `limited` rows have a top-k, the others need enough mass in
+    k."""
     values, ids = logits.topk(k, sorted=True)
     whole = torch.where(limited[:, None], values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
     weights = (values - whole).exp()
@@ -112,7 +115,8 @@ def _draw_sorted(logits: Tensor, u: Tensor, k: int, limited: Tensor, top_p: Tens
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """One row `[V]` with everything that cannot be drawn at -inf: what `draw` samples from, where it has to be shown."""
+    """One row `[V]` with everything that cannot be drawn at -inf: what `draw` samples from, where it has to be
+    shown."""
     ordered, ids = logits.sort(descending=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k > 0:

@@ -26,7 +26,8 @@ class PenaltyState:
         self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
 
     def rows(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-        """For each sequence: int32 `[R, V]` how often each token was generated, bool `[R, V]` whether the prompt has it."""
+        """For each sequence: int32 `[R, V]` how often each token was generated, bool `[R, V]` whether the prompt has
+        it."""
         slots, new_slots, new_tokens = [], [], []
         for sequence in sequences:
             # Samples that fork in this step have no slot yet and no token of their own: they look like the first.

@@ -61,7 +61,7 @@ class Sampler:
         self._keep_for_hooks(raw, scores, sequences)
         return Sampled(tokens, self._report(scores if self.processed_logprobs else raw, tokens, sequences), errors)
 
-    # ---- before the draw -------------------------------------------------------------------------------------------
+    # ---- before the draw -----------------------------------------------------------------------------------
 
     def _adjust(self, logits: Tensor, sequences: list[Sequence], errors: dict[int, Exception]) -> Tensor:
         """Everything that SamplingParams' order puts before temperature, in place on `[R, V]`."""
@@ -106,7 +106,7 @@ class Sampler:
             scores[row] = 0.0
         return scores
 
-    # ---- the draw --------------------------------------------------------------------------------------------------
+    # ---- the draw ------------------------------------------------------------------------------------------
 
     def _draw(self, scores: Tensor, sequences: list[Sequence]) -> tuple[list[int], Tensor]:
         """Tokens, and the scores they were drawn from, with filters shown where somebody will look."""
@@ -140,7 +140,7 @@ class Sampler:
         wants_logprobs = self.processed_logprobs and sequence.request.sampling.logprobs is not None
         return wants_logprobs or (hooks is not None and (hooks.keep_scores or bool(hooks.stopping_criteria)))
 
-    # ---- after it --------------------------------------------------------------------------------------------------
+    # ---- after it ------------------------------------------------------------------------------------------
 
     def _keep_for_hooks(self, raw: Tensor, scores: Tensor, sequences: list[Sequence]) -> None:
         for row, sequence in enumerate(sequences):

@@ -1,0 +1,119 @@
+"""AsyncEngine: the same engine behind asyncio, for streams and servers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.intake import Prompt
+from hf_paged.outputs import RequestOutput
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+
+
+class AsyncEngine:
+    """Runs an engine's steps in a thread of its own while any request is unfinished.
+
+    Other threads may use the same engine meanwhile. `async with AsyncEngine(model.engine) as engine` ends the thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._wake = threading.Condition()
+        self._closed = False
+        self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestOutput | BaseException]]] = {}
+        self._thread = threading.Thread(target=self._drive, name="hf_paged-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields a request's outputs as they come. Leaving early, or cancelling the task, aborts it.
+
+        Raises:
+            ValueError, TypeError: a bad prompt or parameter.
+            RuntimeError: the engine is closed, or a step failed.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        request = self.engine.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException]()
+        self._waiting[request.request_id] = (loop, queue)
+
+        def deliver(output: RequestOutput) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, output)
+
+        finished = False
+        try:
+            self.engine.submit([request], deliver)
+            with self._wake:
+                self._wake.notify()
+            while not finished:
+                output = await queue.get()
+                if isinstance(output, BaseException):
+                    raise RuntimeError("a step of the engine failed") from output
+                finished = output.finished
+                yield output
+        finally:
+            self._waiting.pop(request.request_id, None)
+            if not finished:
+                await asyncio.to_thread(self.engine.abort, request.request_id)
+
+    async def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncIterator[str]:
+        """The text of one sample, piece by piece; the pieces joined are its final text.
+
+        Raises:
+            ValueError: n > 1, or no tokenizer.
+        """
+        params = (sampling or SamplingParams()).clone(output_kind=RequestOutputKind.DELTA)
+        if params.n > 1:
+            raise ValueError(f"stream() follows one sample, got n={params.n}")
+        if self.engine.intake.tokenizer is None:
+            raise ValueError("stream() yields text and needs a tokenizer")
+        outputs = self.generate(prompt, params)
+        try:
+            async for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                for completion in output.outputs:
+                    if completion.text:
+                        yield completion.text
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Ends the thread after its current step. Whoever still waits for output gets a RuntimeError."""
+        self._closed = True
+        with self._wake:
+            self._wake.notify()
+        self._thread.join()
+        self._fail(RuntimeError("the engine was closed"))
+
+    def _drive(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and not self._waiting:
+                    self._wake.wait()
+            if self._closed:
+                return
+            try:
+                idle = not self.engine.drive()
+            except Exception as error:  # it goes to whoever waits; the engine has put its requests back and can go on
+                self._fail(error)
+                continue
+            if idle:  # the last outputs are on their way to their readers
+                with self._wake:
+                    self._wake.wait(0.005)
+
+    def _fail(self, error: Exception) -> None:
+        for loop, queue in list(self._waiting.values()):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, error)
+        self._waiting.clear()
