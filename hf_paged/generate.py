@@ -107,7 +107,7 @@ class PagedSampling:
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
     def _paged_engine(self) -> Engine:
-        if reason := why_unpageable(self):  # type: ignore[arg-type]
+        if reason := why_unpageable(self) or _why_prepared_otherwise(self):  # type: ignore[arg-type]
             raise StockPath(reason)
         return self._state().engine(self)  # type: ignore[arg-type]
 
@@ -115,6 +115,15 @@ class PagedSampling:
         if reason not in self._state().said:
             self._state().said.add(reason)
             logger.warning("generate() runs through transformers' own loop, without paging: %s", reason)
+
+
+def _why_prepared_otherwise(lm: Any) -> str | None:
+    """Why the stock loop would not feed this model its token ids as they are: somebody prepares its inputs
+    differently."""
+    if not type(lm).prepare_inputs_for_generation.__module__.startswith("transformers."):
+        return f"{type(lm).__name__} prepares its inputs in a way of its own"
+    hooked = getattr(lm.__dict__.get("prepare_inputs_for_generation"), "__self__", None)  # PEFT puts itself there
+    return why_unpageable(hooked) if hooked is not None and hasattr(hooked, "peft_config") else None
 
 
 class _Call:
@@ -172,12 +181,19 @@ class _Call:
                     keep_scores=self.keep_scores,
                 )
             self.requests.append(engine.intake.request(rows[row][padding[row] :], sampling, hooks=hooks))
+        try:
+            for request in self.requests:
+                engine.scheduler.check(request)
+        except ValueError as too_large:
+            raise StockPath(str(too_large)) from too_large
 
     def _check(self, model_kwargs: dict[str, Any]) -> None:
         config = self.config
         cache = model_kwargs.get("past_key_values")
         if getattr(cache, "_is_user_defined", False):
             raise StockPath("the caller brings a cache object")
+        if config.is_assistant:
+            raise StockPath("as an assistant it keeps a cache from call to call")
         if config.cache_implementation is not None:
             raise StockPath(f"cache_implementation={config.cache_implementation!r} was asked for")
         if not model_kwargs.get("use_cache", True):
@@ -277,6 +293,10 @@ def _by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:
 
 def _for_row(processor: Any, row: int) -> Any:
     """A processor that is told which row of the batch it serves, where it wants to know."""
+    if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+        ignored = processor.prompt_ignore_length  # one length, or one per row
+        if isinstance(ignored, Tensor) and ignored.numel() > 1:
+            return logits_process.RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row : row + 1])
     if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         beams = processor._num_beams

@@ -75,7 +75,7 @@ def _from_config(lm: Any, config: GenerationConfig | None, prompt_tokens: int) -
     full, _ = lm._prepare_generation_config(config)
     if no_length:
         full.max_length = None
-    return SamplingParams.from_generation_config(full, prompt_tokens=prompt_tokens)
+    return SamplingParams.from_generation_config(full, prompt_tokens=prompt_tokens).clone(ignore_eos=True)
 
 
 def generate_many(engine: Engine, requests: list[Request], progress: bool | None) -> list[RequestOutput]:

@@ -184,7 +184,8 @@ class SamplingParams:
 
         Args:
             config: transformers' GenerationConfig; what it leaves unset has transformers' defaults (a top_k of 50 when
-                sampling). End-of-sequence ids become `stop_token_ids`; with neither
+                sampling). End-of-sequence ids become `stop_token_ids`, in place of the
+                model's own; with neither
                 `max_new_tokens` nor `max_length`, `max_tokens` keeps its default.
             prompt_tokens: the prompt's length, from which `max_length` and `min_length` count.
 
@@ -212,6 +213,7 @@ class SamplingParams:
         eos = config.eos_token_id
         if eos is not None:
             given["stop_token_ids"] = [int(e) for e in (eos if isinstance(eos, Sequence) else [eos])]
+            given["ignore_eos"] = True
         if config.max_new_tokens is not None:
             given["max_tokens"] = config.max_new_tokens
         elif config.max_length is not None:
@@ -239,9 +241,11 @@ class SamplingParams:
         lost = [
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
-            + ("logits_processors", "logprobs", "prompt_logprobs", "ignore_eos", "seed")
+            + ("logits_processors", "logprobs", "prompt_logprobs", "seed")
             if getattr(self, name) != defaults[name]
         ]
+        if self.ignore_eos != bool(self.stop_token_ids):  # eos_token_id stands in place of the model's own ids
+            lost.append("ignore_eos without stop_token_ids" if self.ignore_eos else "stop_token_ids without ignore_eos")
         if lost:
             raise ValueError(f"GenerationConfig has no words for: {', '.join(lost)}")
         said: dict[str, Any] = {

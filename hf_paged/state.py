@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from pathlib import Path
@@ -82,7 +83,7 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         vocab_size=executor.layout.vocab_size,
         max_model_len=executor.max_model_len,
         pool_tokens=num_pages * executor.page_size,
-        eos_token_ids=_eos_token_ids(causal_lm(model), tokenizer),
+        eos_token_ids=functools.partial(_eos_token_ids, causal_lm(model), tokenizer),
     )
     return Engine(executor, scheduler, intake)
 
@@ -106,8 +107,9 @@ def find_tokenizer(name_or_path: str) -> Any:
         return None
 
 
-def _eos_token_ids(lm: nn.Module, tokenizer: Any) -> frozenset[int]:
-    sources = (getattr(lm, "generation_config", None), lm.config.get_text_config(), tokenizer)  # type: ignore[operator,union-attr]
+def _eos_token_ids(lm: Any, tokenizer: Any) -> frozenset[int]:
+    config = getattr(lm, "generation_config", None)
+    sources = [lm.config.get_text_config(), tokenizer] if config is None else [config]
     for source in sources:
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:

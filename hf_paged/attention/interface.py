@@ -11,7 +11,7 @@ mask interface too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 NAME = "hf_paged"
+PROBE = "hf_paged_probe"
+"""The same attention function under a name that makes transformers tell which mask each layer would get."""
 
 
 class PagedForward(Protocol):
@@ -50,6 +52,7 @@ def paged_attention(
     if paged is None:
         return _unpaged(module, query, key, value, attention_mask, scaling, dropout, options), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    options["attention_mask"] = attention_mask
     return paged.attend(module, q, k, v, scaling, options)[None], None
 
 
@@ -84,9 +87,45 @@ def _unpaged(
     return (weights @ value).transpose(1, 2)
 
 
+class ProbedMask(Tensor):
+    """A stand-in for a mask that says what the mask would have been."""
+
+    window: int | None
+    """Latest positions a row sees, its own included; None is all."""
+    problem: str | None
+    """Why it is no causal mask, with or without a window; None when it is."""
+
+
+def probe_mask(*_: Any, mask_function: Callable[..., Tensor], **__: Any) -> ProbedMask:
+    """transformers' mask interface, asked about single positions far out instead of building anything."""
+
+    def sees(row: int, column: int) -> bool:
+        index = (torch.tensor(i) for i in (0, 0, row, column))
+        return bool(mask_function(*index))
+
+    def window_at(row: int) -> int | None:
+        if sees(row, 0):
+            return None
+        low, high = 0, row  # sees `low` tokens back, not `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sees(row, row - middle) else (low, middle)
+        return high
+
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(ProbedMask)
+    mask.window, mask.problem = window_at(1 << 22), None
+    if sees(5, 6) or not sees(6, 6):
+        mask.problem = "its attention is not causal"
+    elif any(window_at(row) != mask.window for row in ((1 << 22) + 1, (1 << 22) + 77)):
+        mask.problem = "its attention mask is not a sliding window but something else (chunks, say)"
+    return mask
+
+
 ALL_ATTENTION = AttentionInterface()
 AttentionInterface.register(NAME, paged_attention)
+AttentionInterface.register(PROBE, paged_attention)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(PROBE, probe_mask)
 
 
 def packed_mask(device: torch.device) -> Tensor:
@@ -106,13 +145,13 @@ def attention_configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def use_paged_attention(configs: list[Any]) -> Iterator[None]:
+def use_paged_attention(configs: list[Any], name: str = NAME) -> Iterator[None]:
     """Within it, the configs' layers call `paged_attention`; after it, exceptions included, what they called before."""
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = name
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own

@@ -32,8 +32,11 @@ class _Bucket:
     """The P pages: a range of the pool, or ids."""
     owners: Tensor
     """int64 [P, N]: the decode row of each owner; padding says B."""
+    edges: Tensor
+    """int64 [E]: the pages (by place among the P) that some owner must not see all of: last ones, windows' first
+    ones."""
     hidden: Tensor
-    """bool [P, 1, N, 1, page]: positions that the owner must not see."""
+    """bool [E, 1, N, 1, page]: what it must not see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +122,16 @@ class TorchBackend:
             owners = np.full((items, width), count)
             owners[at] = owner[mine]
             lows = np.zeros((items, width), dtype=np.int64)
-            highs = np.zeros((items, width), dtype=np.int64)
+            highs = np.full((items, width), size)  # padding sees everything: nobody asks what
             lows[at], highs[at] = low[mine], high[mine]
             position = np.arange(size)
-            hidden = (position < lows[..., None]) | (position >= highs[..., None])
+            edges = np.flatnonzero(((lows > 0) | (highs < size)).any(1))
+            hidden = (position < lows[edges, :, None]) | (position >= highs[edges, :, None])
             buckets.append(
                 _Bucket(
                     pages=slice(int(pages[0]), int(pages[0]) + span) if dense else self._upload(pages),
                     owners=self._upload(owners),
+                    edges=self._upload(edges),
                     hidden=self._upload(hidden[:, None, :, None, :]),
                 )
             )
@@ -204,7 +209,7 @@ def _decode(
         scores = scores.view(items, kv_heads, width, groups, page).float()
         if layer.softcap is not None:
             scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-        scores.masked_fill_(bucket.hidden, -math.inf)
+        scores[bucket.edges] = scores[bucket.edges].masked_fill(bucket.hidden, -math.inf)
         tops = scores.amax(-1).transpose(1, 2).reshape(items * width, heads)
         highest.scatter_reduce_(0, bucket.owners.view(-1, 1).expand(-1, heads), tops, "amax")
         parts.append(scores)

@@ -59,7 +59,7 @@ def simulated_engine(
         vocab_size=50_000,
         max_model_len=max_model_len,
         pool_tokens=num_pages * page_size,
-        eos_token_ids=frozenset(),
+        eos_token_ids=frozenset,
     )
     return Engine(FakeExecutor(builder), scheduler, intake)
 

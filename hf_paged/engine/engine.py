@@ -71,9 +71,13 @@ class Engine:
         self._unclaimed: list[RequestOutput] = []
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: set[str] = set()
-        self._turn = threading.Condition()
+        self._adding = threading.Lock()
+        self._turn = threading.Lock()
+        """Held while a step is computed, or the inbox read."""
         self._driver: int | None = None
-        """The thread that is computing a step."""
+        """The thread that holds the turn."""
+        self._queue: set[int] = set()
+        """Threads that wait for the turn."""
         self._used = False
 
     # ---- for callers who own the loop ----------------------------------------------------------------------
@@ -95,8 +99,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Computes one step and returns the outputs it changed, of requests that were added with `add_request`."""
-        with _Turn(self, lambda: False):
-            self._step()
+        self.drive()
         outputs, self._unclaimed = self._unclaimed, []
         return outputs
 
@@ -105,10 +108,9 @@ class Engine:
         fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self._inbox.append(lambda: self._abort(ids))
-        if self._driver == threading.get_ident():
+        if self._turn.locked() and self._driver == threading.get_ident():
             return  # from inside a step: the next one sees to it
-        with _Turn(self, lambda: False):
-            self._read_inbox()
+        self._take_turn(self._read_inbox)
 
     def has_unfinished(self) -> bool:
         """Whether any request, of whatever caller, is not done."""
@@ -133,9 +135,11 @@ class Engine:
         Raises:
             ValueError: an id is in use, or a request could not finish even alone in the pool.
         """
+        if not requests:
+            return
         for request in requests:
             self.scheduler.check(request)
-        with self._turn:
+        with self._adding:
             taken = self._ids.intersection(request.request_id for request in requests)
             if taken or len({request.request_id for request in requests}) < len(requests):
                 raise ValueError(
@@ -146,8 +150,9 @@ class Engine:
 
     def drive(self) -> bool:
         """Computes one step and hands its outputs to their readers. Returns False when there was nothing to compute."""
-        with _Turn(self, lambda: False):
-            return self._step()
+        steps = self.stats.steps
+        self._take_turn(self._step)
+        return self.stats.steps > steps
 
     def run(self, requests: list[Request]) -> Iterator[RequestOutput]:
         """Submits requests and yields their outputs as they come, until all are finished.
@@ -156,12 +161,11 @@ class Engine:
         """
         box: deque[RequestOutput] = deque()
         unfinished = {request.request_id for request in requests}
-        self.submit(requests, box.append)
         try:
+            self.submit(requests, box.append)
             while unfinished:
-                with _Turn(self, lambda: bool(box)) as mine:
-                    if mine:
-                        self._step()
+                # While it waited for the turn, another thread's step may have brought what it was waiting for.
+                self._take_turn(lambda: None if box else self._step())
                 while box:
                     output = box.popleft()
                     if output.finished:
@@ -173,23 +177,37 @@ class Engine:
 
     # ---- one step; only ever one thread at a time ----------------------------------------------------------
 
-    def _step(self) -> bool:
+    def _take_turn(self, work: Callable[[], None]) -> None:
+        """Does `work` while no other thread does any. If it fails, an interrupt included, the engine is put right
+        again."""
+        me = threading.get_ident()
+        self._queue.add(me)
+        try:
+            with self._turn:
+                self._driver = me
+                self._queue.discard(me)
+                try:
+                    work()
+                except BaseException:
+                    # Tokens already appended are whole, and everything else is made again from them.
+                    self.scheduler.recover(self._requests.values())
+                    self._report([request for request in self._requests.values() if request.finished])
+                    raise
+        finally:
+            self._queue.discard(me)
+        if self._queue:
+            time.sleep(1e-4)  # a lock is not fair: whoever waits gets a chance to take it
+
+    def _step(self) -> None:
         self._read_inbox()
         start = time.monotonic()
-        try:
-            batch = self.scheduler.schedule()
-            if not batch:
-                return False
-            result = self.executor.execute(batch)
-            self.scheduler.advance(batch)
-            self._report(self._append(batch, result))
-        except BaseException:
-            # Whatever it was, tokens already appended are whole, and everything else is made again from them.
-            self.scheduler.recover()
-            self._report([request for request in self._requests.values() if request.finished])
-            raise
+        batch = self.scheduler.schedule()
+        if not batch:
+            return
+        result = self.executor.execute(batch)
+        self.scheduler.advance(batch)
+        self._report(self._append(batch, result))
         self._count(batch, start)
-        return True
 
     def _append(self, batch: Batch, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
@@ -240,12 +258,19 @@ class Engine:
         for request in requests:
             if request.finished:
                 request.metrics.finished_time = time.monotonic()
-            output = self.output_processor.output(request)
+            output = self._output(request)
             if output is not None:
                 deliver = self._deliver.get(request.request_id)
                 (deliver or self._unclaimed.append)(output)
             if request.finished:
                 self._forget(request)
+
+    def _output(self, request: Request) -> RequestOutput | None:
+        try:
+            return self.output_processor.output(request)
+        except Exception as error:  # a tokenizer may raise anything; without text the tokens can still be told
+            self._fail(request, error)
+            return self.output_processor.output(request, with_text=False)
 
     def _forget(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)
@@ -278,16 +303,19 @@ class Engine:
         if self._used and self.executor.optimizer_stepped():
             self._flush()
         while self._inbox:
-            self._inbox.popleft()()
+            self._inbox[0]()  # may be done twice if it is interrupted, and must not mind
+            self._inbox.popleft()
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests and self.scheduler.enable_prefix_caching and self.executor.weights_changed():
             self._flush()
         self._used = True
         for request in requests:
-            self._requests[request.request_id] = request
+            if request.request_id in self._requests:
+                continue
             if deliver is not None:
                 self._deliver[request.request_id] = deliver
+            self._requests[request.request_id] = request
             self.scheduler.add(request)
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -299,39 +327,6 @@ class Engine:
 
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()
-
-
-class _Turn:
-    """The right to compute: `with _Turn(engine, enough) as mine`. Waits while another thread has it.
-
-    `mine` is False, and nothing was taken, when `enough()` came true meanwhile: the other thread's step brought what
-    this one was waiting for.
-    """
-
-    def __init__(self, engine: Engine, enough: Callable[[], bool]) -> None:
-        self._engine = engine
-        self._enough = enough
-
-    def __enter__(self) -> bool:
-        engine, me = self._engine, threading.get_ident()
-        try:
-            with engine._turn:
-                while engine._driver is not None and not self._enough():
-                    engine._turn.wait()
-                if self._enough():
-                    return False
-                engine._driver = me
-                return True
-        except BaseException:
-            self.__exit__()  # an interrupt just then must not leave the turn taken
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        engine = self._engine
-        with engine._turn:
-            if engine._driver == threading.get_ident():
-                engine._driver = None
-                engine._turn.notify_all()
 
 
 def _name(sequence: Sequence) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk
 from hf_paged.model.inputs import InputBuilder
-from hf_paged.model.introspect import causal_lm, inspect_model
+from hf_paged.model.introspect import causal_lm, inspect_model, structure
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
@@ -81,7 +81,6 @@ class ModelExecutor:
         processed = config.logprobs_mode == "processed_logprobs"
         self._sampler = Sampler(layout.vocab_size, layout.device, processed_logprobs=processed)
         self._lm = causal_lm(model)
-        self._first_dtype = next(self._lm.parameters()).dtype
         self._watch = WeightWatch(self._lm)
 
     def execute(self, batch: Batch) -> StepResult:
@@ -119,6 +118,5 @@ class ModelExecutor:
         self.storage.zero_pages(pages)
 
     def outdated(self) -> bool:
-        """Whether the model moved to another device or dtype, so that everything here must be made anew."""
-        first = next(self._lm.parameters())
-        return first.device != self.layout.device or first.dtype != self._first_dtype
+        """Whether the model moved, or layers were replaced, so that everything here must be made anew."""
+        return structure(self._lm, self.layout.modules) != self.layout.structure

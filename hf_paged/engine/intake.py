@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,17 @@ class Intake:
         vocab_size: ids run from 0 to this, exclusive.
         max_model_len: prompt and output together.
         pool_tokens: what fits in the whole page pool.
-        eos_token_ids: ids that end a sequence unless `ignore_eos`.
+        eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
     """
 
     def __init__(
-        self, tokenizer: Any, *, vocab_size: int, max_model_len: int, pool_tokens: int, eos_token_ids: frozenset[int]
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        pool_tokens: int,
+        eos_token_ids: Callable[[], frozenset[int]],
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -68,7 +74,7 @@ class Intake:
             room = min(room, max(1, self.pool_tokens - len(ids) + 1))
         self._check_sampling(sampling)
         seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
-        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids()
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
             ids,

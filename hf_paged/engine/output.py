@@ -127,19 +127,19 @@ class OutputProcessor:
     def _criteria_met(self, sequence: Sequence) -> bool:
         hooks = sequence.request.hooks
         assert hooks is not None
-        scores = hooks.scores[-1]
-        ids = torch.tensor([hooks.padding + sequence.tokens], device=scores.device)
-        return any(bool(torch.as_tensor(met(ids, scores[None])).all()) for met in hooks.stopping_criteria)
+        scores = tuple(row[None] for row in hooks.scores)
+        ids = torch.tensor([hooks.padding + sequence.tokens], device=scores[-1].device)
+        return any(bool(torch.as_tensor(met(ids, scores)).all()) for met in hooks.stopping_criteria)
 
     # ---- what is reported ----------------------------------------------------------------------------------
 
-    def output(self, request: Request) -> RequestOutput | None:
+    def output(self, request: Request, *, with_text: bool = True) -> RequestOutput | None:
         """What a request's reader gets after a step that touched it; None when it asked to be told only at the end."""
         kind, finished = request.sampling.output_kind, request.finished
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         delta = kind is RequestOutputKind.DELTA
-        completions = [self._completion(sequence, delta) for sequence in request.sequences]
+        completions = [self._completion(sequence, delta, with_text) for sequence in request.sequences]
         if delta:
             completions = [c for c in completions if c is not None]
         return RequestOutput(
@@ -154,10 +154,10 @@ class OutputProcessor:
             error=request.error,
         )
 
-    def _completion(self, sequence: Sequence, delta: bool) -> CompletionOutput | None:
+    def _completion(self, sequence: Sequence, delta: bool, with_text: bool) -> CompletionOutput | None:
         start = sequence.num_reported if delta else 0
         tokens = sequence.generated[start:]
-        text = self._report_text(sequence, delta)
+        text = self._report_text(sequence, delta) if with_text else ""
         if delta:
             if sequence.end_reported or not (tokens or text or sequence.finished):
                 return None

@@ -74,7 +74,7 @@ class Hooks:
     processors: list[Callable[[Any, Any], Any]] = field(default_factory=list)
     """transformers-style logits processors, `(input_ids [1, L], scores [1, V]) -> scores`, in order."""
     stopping_criteria: list[Callable[[Any, Any], Any]] = field(default_factory=list)
-    """transformers-style criteria, `(input_ids [1, L], scores) -> bool tensor [1]`."""
+    """transformers-style criteria, `(input_ids [1, L], scores) -> bool tensor [1]`; scores is a tuple of [1, V]."""
     padding: list[int] = field(default_factory=list)
     """The pad tokens that stood left of the prompt: processors see them, the model does not."""
     keep_logits: bool = False

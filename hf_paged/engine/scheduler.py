@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import time
+from collections.abc import Iterable
 from operator import attrgetter
 
 from hf_paged.cache.pages import PagePool
@@ -105,9 +106,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request (`check` says whether it can be served)."""
-        for sequence in request.sequences:
-            sequence.order = (request.priority, self._arrivals, sequence.index)
-        self._arrivals += 1
+        self._number(request)
         self._enqueue(request.sequences[0])
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -126,31 +125,30 @@ class Scheduler:
         """Forgets all cached pages, and caches nothing that was computed before. Returns the pages forgotten."""
         return self.tree.clear()
 
-    def recover(self) -> None:
-        """After a step that failed half way: every sequence goes back to the queue with its tokens, the pool is made
-        anew.
+    def recover(self, requests: Iterable[Request]) -> None:
+        """After a step that failed half way: the pool is made anew, and everything unfinished is queued with its
+        tokens.
 
-        Whatever the step had done to pages or tables no longer matters, so no failure can leak one.
+        Nothing that the step had done to pages, slots or queues matters any more, so no failure can leak anything.
+
+        Args:
+            requests: all that were added and are not forgotten by the caller.
         """
-        unfinished = [s for s in self.running if s.finish_reason is None]
-        unfinished += [s for _, s in self._waiting if s.finish_reason is None]
-        for sequence in self.running:
-            sequence.slot, sequence.num_computed, sequence.pages, sequence.path = -1, 0, [], []
         self.running = []
         self._waiting = []
         self._num_waiting = 0
         self._reset_pages()
-        queued: set[int] = set()
-        for sequence in unfinished:
-            request = sequence.request
+        for request in requests:
             request.reserved = 0
-            # A fork that was cut short: samples that have no token yet run on their own from here.
+            for sequence in request.sequences:
+                sequence.slot, sequence.num_computed, sequence.pages, sequence.path = -1, 0, [], []
+                sequence.may_share_tail = False
+            # In a fork that was cut short, samples that have no token yet run on their own from here.
             request.forked = len(request.sequences) == 1 or any(s.num_generated for s in request.sequences)
-            members = [s for s in request.sequences if not s.finished] if request.forked else request.sequences[:1]
-            for member in members:
-                if id(member) not in queued:
-                    queued.add(id(member))
-                    self._enqueue(member)
+            self._number(request)
+            for sequence in request.sequences if request.forked else request.sequences[:1]:
+                if sequence.finish_reason is None:
+                    self._enqueue(sequence)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -261,6 +259,13 @@ class Scheduler:
         sequence.pages, sequence.path = [], []
 
     # ---- queue and slots -----------------------------------------------------------------------------------
+
+    def _number(self, request: Request) -> None:
+        """Gives a request its place in the order of arrival, once."""
+        if request.sequences[0].order[1] < 0:
+            for sequence in request.sequences:
+                sequence.order = (request.priority, self._arrivals, sequence.index)
+            self._arrivals += 1
 
     def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,10 @@ class ModelLayout:
     layers: list[LayerSpec]
     by_module: dict[int, LayerSpec]
     """By `id()` of the attention module that calls."""
+    modules: list[nn.Module]
+    """The attending modules, in order. Holding them keeps their ids from being given away."""
+    structure: tuple[Any, ...]
+    """Of the model when the layout was made (see `structure`): when that differs, the layout is out of date."""
     kv_dtype: torch.dtype
     device: torch.device
     vocab_size: int
@@ -95,22 +101,43 @@ def inspect_model(model: nn.Module) -> ModelLayout:
         raise refuse(model, reason)
     lm = causal_lm(model)
     device = next(lm.parameters()).device
-    configs = interface.attention_configs(lm)
     recorder = _Recorder()
-    takes_rows = "logits_to_keep" in inspect.signature(lm.forward).parameters
-    with torch.no_grad(), evaluation_mode(lm), interface.use_paged_attention(configs):
-        logits = forward(lm, torch.zeros(2, dtype=torch.long, device=device), torch.arange(2, device=device), recorder)
-    if not recorder.specs:
+    ids = torch.zeros(2, dtype=torch.long, device=device)
+    with (
+        trial(model),
+        torch.no_grad(),
+        evaluation_mode(lm),
+        interface.use_paged_attention(interface.attention_configs(lm), interface.PROBE),
+    ):
+        logits = forward(lm, ids, torch.arange(2, device=device), recorder, attention_mask=None)
+    if recorder.problem is not None:
+        raise refuse(model, recorder.problem)
+    if not recorder.layers:
         raise refuse(model, "none of its layers called transformers' attention interface")
+    modules = [module for module, _ in recorder.layers.values()]
     return ModelLayout(
-        layers=list(recorder.specs.values()),
-        by_module=recorder.specs,
+        layers=[layer for _, layer in recorder.layers.values()],
+        by_module={key: layer for key, (_, layer) in recorder.layers.items()},
+        modules=modules,
+        structure=structure(lm, modules),
         kv_dtype=recorder.dtype,
         device=device,
         vocab_size=logits.shape[-1],
         max_model_len=_max_model_len(lm.config.get_text_config()),
-        takes_logits_to_keep=takes_rows,
+        takes_logits_to_keep="logits_to_keep" in inspect.signature(lm.forward).parameters,
     )
+
+
+@contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Around a trial run: a model that fails in it cannot be paged. Lack of memory is no verdict, and goes on as it
+    is."""
+    try:
+        yield
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refuse(model, f"it failed in a trial run ({type(error).__name__}: {error})") from error
 
 
 def forward(lm: nn.Module, token_ids: Tensor, positions: Tensor, paged: Any, **options: Any) -> Tensor:
@@ -118,7 +145,6 @@ def forward(lm: nn.Module, token_ids: Tensor, positions: Tensor, paged: Any, **o
     output = lm(
         input_ids=token_ids[None],
         position_ids=positions[None],
-        attention_mask=interface.packed_mask(token_ids.device),
         use_cache=False,
         return_dict=True,
         paged=paged,
@@ -144,20 +170,37 @@ class evaluation_mode:
             module.training = True
 
 
+def structure(lm: nn.Module, attending: list[nn.Module]) -> tuple[Any, ...]:
+    """What a layout depends on: device, dtype, which layers there are, the size of the vocabulary."""
+    first = next(lm.parameters())
+    kinds = {type(module) for module in attending}
+    layers = frozenset(id(module) for module in lm.modules() if type(module) in kinds)
+    head = lm.get_output_embeddings()  # type: ignore[operator]
+    return first.device, first.dtype, layers, getattr(getattr(head, "weight", None), "shape", None)
+
+
 class _Recorder:
     """Rides along with the dry forward: notes each layer's shapes and options, and lets every row see itself only."""
 
     def __init__(self) -> None:
-        self.specs: dict[int, LayerSpec] = {}
+        self.layers: dict[int, tuple[nn.Module, LayerSpec]] = {}
         self.dtype = torch.float32
+        self.problem: str | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
     ) -> Tensor:
-        window = options["sliding_window"] if "sliding_window" in options else getattr(module, "sliding_window", None)
+        if id(module) in self.layers:
+            self.problem = "one of its layers attends more than once per forward"
+        mask = options.get("attention_mask")
+        if isinstance(mask, interface.ProbedMask):
+            # What the stock forward obeys is the mask; the argument is for kernels that take no mask.
+            window, self.problem = mask.window, self.problem or mask.problem
+        else:
+            window = options.get("sliding_window")
         self.dtype = key.dtype
-        self.specs[id(module)] = LayerSpec(
-            index=len(self.specs),
+        spec = LayerSpec(
+            index=len(self.layers),
             num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             key_dim=key.shape[2],
@@ -167,6 +210,7 @@ class _Recorder:
             softcap=options.get("softcap"),
             sinks=options.get("s_aux") is not None,
         )
+        self.layers[id(module)] = module, spec
         return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 

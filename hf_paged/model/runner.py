@@ -17,15 +17,17 @@ from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, f
 class _PagedStep:
     """Rides along with one forward: finds the calling layer's pools and hands its rows to the backend."""
 
-    __slots__ = ("backend", "layers", "plan", "storage")
+    __slots__ = ("backend", "calls", "layers", "plan", "storage")
 
     def __init__(self, backend: AttentionBackend, plan: Any, storage: KVStorage, layers: dict[int, LayerSpec]) -> None:
         self.backend, self.plan, self.storage, self.layers = backend, plan, storage, layers
+        self.calls = 0
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
     ) -> Tensor:
         layer = self.layers[id(module)]
+        self.calls += 1
         pools = self.storage.keys[layer.index], self.storage.values[layer.index]
         return self.backend.run(self.plan, layer, query, key, value, *pools, options.get("s_aux"))
 
@@ -63,6 +65,11 @@ class ModelRunner:
                 torch.from_numpy(inputs.token_ids).to(device, non_blocking=True),
                 torch.from_numpy(inputs.positions).to(device, non_blocking=True),
                 step,
+                attention_mask=interface.packed_mask(device),
                 **options,
+            )
+        if step.calls != len(self.layout.layers):
+            raise RuntimeError(
+                f"{step.calls} of the model's {len(self.layout.layers)} attention layers went through pages"
             )
         return logits if options else logits[rows]

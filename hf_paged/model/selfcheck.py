@@ -13,48 +13,57 @@ from torch import nn
 from hf_paged.attention.backend import AttentionBackend, AttentionBatch, PrefillSpan
 from hf_paged.cache.storage import KVStorage
 from hf_paged.model.inputs import StepInputs
-from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, refuse
+from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, refuse, trial
 from hf_paged.model.runner import ModelRunner
 
-PROMPT, DECODES = 5, 3
-TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
-"""Of the norm of the logits' difference over the logits' norm. Half precision gets 0.25: routers of random mixtures of
-experts flip on a rounding, while a lost state or mask costs about 1."""
+CHUNKS = [(0, 2), (2, 5), (5, 6), (6, 7), (7, 8)]
+"""A first chunk, a chunk with context, and three decode steps: six of the eight rows depend on what pages hold."""
+
+FLOAT32_LIMIT = 1e-3
+"""Of the norm of a row's difference over the row's norm, for every row. Correct models stay near 1e-6 (TF32 near
+3e-4)."""
+
+HALF_LIMIT = 0.1
+"""The same of the median row of those that depend on pages: in half precision a router of a mixture of experts may flip
+on a rounding and throw off single rows. Correct models stay under 0.02; a lost state or mask costs 0.3 and more."""
 
 
 @torch.no_grad()
 def check_model(model: nn.Module, layout: ModelLayout, backend: AttentionBackend) -> None:
-    """Prefill of 5 tokens, then 3 decode steps over pages of 4 tokens, against one stock forward of all 8.
+    """Eight tokens in chunks, over pages of 4 tokens, against one stock forward of all of them.
 
     Raises:
         UnsupportedModelError: they disagree.
     """
     lm = causal_lm(model)
-    total, size = PROMPT + DECODES, 4
+    total, size = CHUNKS[-1][1], 4
     pages = np.array([1, 0], dtype=np.int32)
     storage = KVStorage(
         layout.layers, len(pages), size, dtype=layout.kv_dtype, device=layout.device, layout=backend.layout
     )
     runner = ModelRunner(model, layout, backend, storage)
     ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
-    with evaluation_mode(lm):
+    with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()
-    found = []
-    for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, total))]:
-        position = np.arange(start, end)
-        spans = [] if start else [PrefillSpan(row=0, length=end, context=0, pages=pages)]
-        attention = AttentionBatch(
-            page_size=size,
-            decode_lengths=np.array([end] if start else [], dtype=np.int64),
-            decode_pages=pages[None] if start else np.zeros((0, 0), dtype=np.int32),
-            spans=spans,
-            write_pages=pages[position // size].astype(np.int64),
-            write_offsets=position % size,
-        )
-        rows = np.arange(end - start)
-        found.append(runner.forward(StepInputs(ids[start:end], position, attention, rows, [], [])).float())
-    difference = ((torch.cat(found) - expected).norm() / expected.norm()).item()
-    if not difference <= TOLERANCE.get(layout.kv_dtype, 0.25):
+        found = []
+        for start, end in CHUNKS:
+            position = np.arange(start, end)
+            decodes = end - start == 1
+            spans = [] if decodes else [PrefillSpan(row=0, length=end - start, context=start, pages=pages)]
+            attention = AttentionBatch(
+                page_size=size,
+                decode_lengths=np.array([end] if decodes else [], dtype=np.int64),
+                decode_pages=pages[None] if decodes else np.zeros((0, 0), dtype=np.int32),
+                spans=spans,
+                write_pages=pages[position // size].astype(np.int64),
+                write_offsets=position % size,
+            )
+            rows = np.arange(end - start)
+            found.append(runner.forward(StepInputs(ids[start:end], position, attention, rows, [], [])).float())
+    per_row = (torch.cat(found) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    full = layout.kv_dtype in (torch.float32, torch.float64)
+    difference = float(per_row.max() if full else per_row[CHUNKS[0][1] :].median())
+    if not difference <= (FLOAT32_LIMIT if full else HALF_LIMIT):  # NaN fails too
         raise refuse(
             model,
             f"through pages its logits differ from its own forward's by {difference:.2g} of their norm, "

