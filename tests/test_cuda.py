@@ -58,7 +58,8 @@ def test_greedy_equals_stock_in_float32(family, options):
 
 
 def test_bfloat16_logprobs_agree_with_the_models_own_forward():
-    """Within 0.15 nats of the model's own bfloat16 forward over the finished sequences."""
+    """Within 0.05 nats on average of the model's own bfloat16 forward over the finished sequences, and 0.5 at most."""
+    differences = []
     model = hf_paged.wrap(build("llama", torch.bfloat16))
     sampling = hf_paged.SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=24, logprobs=0, ignore_eos=True)
     for output in model.generate_many(prompts(4), sampling):
@@ -69,7 +70,9 @@ def test_bfloat16_logprobs_agree_with_the_models_own_forward():
             start = len(output.prompt_token_ids)
             for place, token in enumerate(completion.token_ids):
                 own = log_probs[start + place - 1, token].item()
-                assert completion.logprobs[place][token].logprob == pytest.approx(own, abs=0.15)
+                differences.append(abs(completion.logprobs[place][token].logprob - own))
+    assert sum(differences) / len(differences) < 0.05
+    assert max(differences) < 0.5
 
 
 def test_seeded_samples_are_the_same_alone_and_in_a_crowd():

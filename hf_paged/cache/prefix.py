@@ -7,7 +7,7 @@ keys and values of its last `page_size` tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from dataclasses import dataclass, field
 
 from hf_paged.cache.pages import PagePool
@@ -22,6 +22,11 @@ class Node:
     parent: Node | None
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     users: int = 0
+    released: int = 0
+    """When its last user let go, in releases of the tree."""
+
+    def __lt__(self, other: Node) -> bool:
+        return self.released < other.released
 
 
 class PrefixTree:
@@ -36,7 +41,9 @@ class PrefixTree:
         self.pool = pool
         self.page_size = page_size
         self._root = Node(tokens=(), page=-1, parent=None)
-        self._idle_leaves: OrderedDict[Node, None] = OrderedDict()  # least recently used first
+        self._idle_leaves: list[tuple[int, Node]] = []
+        """A heap of (released, node). Entries of nodes that are used again, have children or are gone are skipped."""
+        self._releases = 0
         self._num_nodes = 0
         self._num_idle = 0
         self.epoch = 0
@@ -72,7 +79,6 @@ class PrefixTree:
         for node in path:
             if node.users == 0:
                 self._num_idle -= 1
-                self._idle_leaves.pop(node, None)
             node.users += 1
         pages = [node.page for node in path]
         self.pool.retain(pages)
@@ -106,9 +112,21 @@ class PrefixTree:
         for node in reversed(path):
             node.users -= 1
             if node.users == 0 and node.parent is not None:  # a flushed node has no parent any more
+                self._releases += 1
+                node.released = self._releases
                 self._num_idle += 1
-                if not node.children:
-                    self._idle_leaves[node] = None
+                self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        if node.users == 0 and not node.children and node.parent is not None:
+            heapq.heappush(self._idle_leaves, (node.released, node))
+            if len(self._idle_leaves) > 2 * self._num_nodes + 64:
+                self._idle_leaves = [entry for entry in self._idle_leaves if self._is_idle_leaf(*entry)]
+                heapq.heapify(self._idle_leaves)
+
+    @staticmethod
+    def _is_idle_leaf(released: int, node: Node) -> bool:
+        return node.parent is not None and not node.users and not node.children and node.released == released
 
     def share(self, path: list[Node]) -> None:
         """One more sequence uses the path (a fork); its page references are the pool's business."""
@@ -119,7 +137,9 @@ class PrefixTree:
         """Frees up to `count` pages, least recently used leaves first. Returns how many."""
         freed = 0
         while freed < count and self._idle_leaves:
-            node, _ = self._idle_leaves.popitem(last=False)
+            released, node = heapq.heappop(self._idle_leaves)
+            if not self._is_idle_leaf(released, node):
+                continue
             parent = node.parent
             assert parent is not None
             del parent.children[node.tokens]
@@ -128,10 +148,7 @@ class PrefixTree:
             self._num_idle -= 1
             self.pool.release([node.page])
             freed += 1
-            if parent.users == 0 and not parent.children and parent.parent is not None:
-                # It was used at least as recently as the child, but among leaves it is now the oldest prefix.
-                self._idle_leaves[parent] = None
-                self._idle_leaves.move_to_end(parent, last=False)
+            self._offer(parent)  # a leaf now, as old as its own last use
         return freed
 
     def clear(self) -> int:

@@ -16,7 +16,7 @@ from hf_paged.engine.request import Request, Sequence
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
-from hf_paged.sampling_params import SamplingParams
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 Deliver = Callable[[RequestOutput], None]
 
@@ -66,8 +66,7 @@ class Engine:
         self.stats = EngineStats()
         self.observers: list[Callable[[StepRecord], None]] = []
         """Called after every step, in the thread that computed it."""
-        self._requests: dict[str, Request] = {}
-        self._deliver: dict[str, Deliver] = {}
+        self._requests: dict[str, tuple[Request, Deliver | None]] = {}
         self._unclaimed: list[RequestOutput] = []
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: set[str] = set()
@@ -99,8 +98,14 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Computes one step and returns the outputs it changed, of requests that were added with `add_request`."""
-        self.drive()
-        outputs, self._unclaimed = self._unclaimed, []
+        outputs: list[RequestOutput] = []
+
+        def work() -> None:
+            nonlocal outputs
+            self._step()
+            outputs, self._unclaimed = self._unclaimed, []
+
+        self._take_turn(work)
         return outputs
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
@@ -113,8 +118,8 @@ class Engine:
         self._take_turn(self._read_inbox)
 
     def has_unfinished(self) -> bool:
-        """Whether any request, of whatever caller, is not done."""
-        return bool(self._requests or self._inbox)
+        """Whether any request, of whatever caller, is not done, or an output waits to be returned by `step`."""
+        return bool(self._requests or self._inbox or self._unclaimed)
 
     def weights_updated(self) -> None:
         """Says that the weights changed, in case a change could go unseen while requests are running."""
@@ -189,14 +194,22 @@ class Engine:
                 try:
                     work()
                 except BaseException:
-                    # Tokens already appended are whole, and everything else is made again from them.
-                    self.scheduler.recover(self._requests.values())
-                    self._report([request for request in self._requests.values() if request.finished])
+                    self._recover()
                     raise
         finally:
             self._queue.discard(me)
         if self._queue:
             time.sleep(1e-4)  # a lock is not fair: whoever waits gets a chance to take it
+
+    def _recover(self) -> None:
+        """Tokens already appended are whole. Everything else is made again from them."""
+        requests = [request for request, _ in self._requests.values()]
+        self.scheduler.recover(requests)
+        for request in requests:
+            for sequence in request.sequences:
+                if sequence.num_generated and not sequence.finished:
+                    self._end(sequence)  # its last token may not have been looked at
+        self._report([request for request in requests if request.finished])
 
     def _step(self) -> None:
         self._read_inbox()
@@ -215,10 +228,10 @@ class Engine:
         touched: dict[str, Request] = {}
         if result.prompt_logprobs is not None:
             for chunk, found in zip(batch.chunks, result.prompt_logprobs, strict=True):
-                if chunk.start == 0 and chunk.sequence.request.sampling.prompt_logprobs is not None:
-                    chunk.sequence.request.prompt_logprobs = [None]
-                if found:
-                    chunk.sequence.request.prompt_logprobs += found  # type: ignore[operator]
+                request = chunk.sequence.request
+                if request.sampling.prompt_logprobs is not None and not chunk.sequence.num_generated:
+                    known = request.prompt_logprobs if chunk.start and request.prompt_logprobs else [None]
+                    request.prompt_logprobs = known[: chunk.start + 1] + list(found)
         for place, sequence in enumerate(batch.sampled()):
             request = sequence.request
             if sequence.finish_reason is not None:
@@ -234,15 +247,19 @@ class Engine:
                 if entry is not None:
                     sequence.logprobs[sequence.num_generated :] = [entry]
             sequence.tokens.append(result.tokens[place])
-            try:
-                end = self.output_processor.end_of(sequence)
-            except Exception as error:  # a caller's stopping criterion may raise anything
-                self._fail(request, error)
-                continue
-            if end is not None:
-                sequence.stop_reason = end[1]
-                self.scheduler.finish(sequence, end[0])
+            self._end(sequence)
         return list(touched.values())
+
+    def _end(self, sequence: Sequence) -> None:
+        """Finishes a sequence if its last token ends it."""
+        try:
+            end = self.output_processor.end_of(sequence)
+        except Exception as error:  # a caller's stopping criterion may raise anything
+            self._fail(sequence.request, error)
+            return
+        if end is not None:
+            sequence.stop_reason = end[1]
+            self.scheduler.finish(sequence, end[0])
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Ends one request for a reason of its own; its neighbours do not notice."""
@@ -256,14 +273,18 @@ class Engine:
 
     def _report(self, requests: list[Request]) -> None:
         for request in requests:
-            if request.finished:
+            finished = request.finished
+            if not finished and request.sampling.output_kind is RequestOutputKind.FINAL_ONLY:
+                continue
+            if finished:
                 request.metrics.finished_time = time.monotonic()
             output = self._output(request)
             if output is not None:
-                deliver = self._deliver.get(request.request_id)
+                _, deliver = self._requests[request.request_id]
                 (deliver or self._unclaimed.append)(output)
-            if request.finished:
-                self._forget(request)
+            if finished:
+                self._ids.discard(request.request_id)
+                del self._requests[request.request_id]
 
     def _output(self, request: Request) -> RequestOutput | None:
         try:
@@ -271,11 +292,6 @@ class Engine:
         except Exception as error:  # a tokenizer may raise anything; without text the tokens can still be told
             self._fail(request, error)
             return self.output_processor.output(request, with_text=False)
-
-    def _forget(self, request: Request) -> None:
-        self._requests.pop(request.request_id, None)
-        self._deliver.pop(request.request_id, None)
-        self._ids.discard(request.request_id)
 
     def _count(self, batch: Batch, start: float) -> None:
         stats = self.stats
@@ -313,13 +329,11 @@ class Engine:
         for request in requests:
             if request.request_id in self._requests:
                 continue
-            if deliver is not None:
-                self._deliver[request.request_id] = deliver
-            self._requests[request.request_id] = request
+            self._requests[request.request_id] = request, deliver
             self.scheduler.add(request)
 
     def _abort(self, request_ids: list[str]) -> None:
-        known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        known = [self._requests[request_id][0] for request_id in request_ids if request_id in self._requests]
         for request in known:
             for sequence in request.sequences:
                 self.scheduler.finish(sequence, "abort")

@@ -151,6 +151,7 @@ class Request:
         num_prompt = len(prompt_token_ids)
         self.num_prompt = num_prompt
         self.sequences = [Sequence(self, i, list(prompt_token_ids), num_prompt) for i in range(sampling.n)]
+        self.num_unfinished = sampling.n
         self.forked = sampling.n == 1
         """False until the prompt is computed and all samples run on their own."""
         self.num_cached_tokens = 0
@@ -161,4 +162,4 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return self.num_unfinished == 0

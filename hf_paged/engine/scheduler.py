@@ -118,6 +118,8 @@ class Scheduler:
         elif sequence is sequence.request.sequences[0] or sequence.request.forked:
             self._num_waiting -= 1  # its entry in the queue is skipped later
         sequence.finish_reason = reason
+        request = sequence.request
+        request.num_unfinished = sum(s.finish_reason is None for s in request.sequences)
         if not self._num_waiting:
             self._waiting.clear()
 
@@ -140,6 +142,7 @@ class Scheduler:
         self._reset_pages()
         for request in requests:
             request.reserved = 0
+            request.num_unfinished = sum(s.finish_reason is None for s in request.sequences)
             for sequence in request.sequences:
                 sequence.slot, sequence.num_computed, sequence.pages, sequence.path = -1, 0, [], []
                 sequence.may_share_tail = False
@@ -263,9 +266,10 @@ class Scheduler:
     def _number(self, request: Request) -> None:
         """Gives a request its place in the order of arrival, once."""
         if request.sequences[0].order[1] < 0:
-            for sequence in request.sequences:
-                sequence.order = (request.priority, self._arrivals, sequence.index)
+            arrival = self._arrivals
             self._arrivals += 1
+            for sequence in reversed(request.sequences):  # the first one's says that it is done
+                sequence.order = (request.priority, arrival, sequence.index)
 
     def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

@@ -101,7 +101,7 @@ def inspect_model(model: nn.Module) -> ModelLayout:
         raise refuse(model, reason)
     lm = causal_lm(model)
     device = next(lm.parameters()).device
-    recorder = _Recorder()
+    recorder = _Recorder(lm.config.get_text_config()._attn_implementation)
     ids = torch.zeros(2, dtype=torch.long, device=device)
     with (
         trial(model),
@@ -182,7 +182,8 @@ def structure(lm: nn.Module, attending: list[nn.Module]) -> tuple[Any, ...]:
 class _Recorder:
     """Rides along with the dry forward: notes each layer's shapes and options, and lets every row see itself only."""
 
-    def __init__(self) -> None:
+    def __init__(self, own_implementation: str) -> None:
+        self._own_implementation = own_implementation
         self.layers: dict[int, tuple[nn.Module, LayerSpec]] = {}
         self.dtype = torch.float32
         self.problem: str | None = None
@@ -207,11 +208,23 @@ class _Recorder:
             value_dim=value.shape[2],
             scaling=float(scaling),
             window=int(window) if window else None,
-            softcap=options.get("softcap"),
+            softcap=self._softcap(options.get("softcap")),
             sinks=options.get("s_aux") is not None,
         )
         self.layers[id(module)] = module, spec
         return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+    def _softcap(self, softcap: float | None) -> float | None:
+        """The soft cap as far as the model's own forward obeys it, so that it and the engine agree."""
+        if softcap is None or self._own_implementation != "sdpa":
+            return softcap
+        if not self.layers:
+            logger.warning(
+                "the model runs under attn_implementation='sdpa', which leaves out its soft cap of %s; so do pages. "
+                "Load it with attn_implementation='eager' to have the cap in both",
+                softcap,
+            )
+        return None
 
 
 def _max_model_len(config: Any) -> int:

@@ -28,8 +28,6 @@ class Cached:
     users: int = 0
     released: int = 0
     """When its last user let go; counts releases of single nodes."""
-    exposed: bool = False
-    """It became a leaf because its children were evicted, and was not used since."""
 
 
 @dataclass(eq=False)
@@ -94,14 +92,11 @@ class PrefixTreeMachine(RuleBasedStateMachine):
             leaves = self.idle_leaves()
             evicted = [p for p in leaves if p in gone]
             assert evicted, f"evicted, but in use or above what stays: {gone}"
-            victim = min(evicted, key=lambda p: (not self.cached[p].exposed, self.cached[p].released))
-            if not self.cached[victim].exposed:
-                staying = [p for p in leaves if p not in gone]
-                assert all(self.cached[victim].released < self.cached[p].released for p in staying)
+            victim = min(evicted, key=lambda p: self.cached[p].released)
+            staying = [p for p in leaves if p not in gone]
+            assert all(self.cached[victim].released < self.cached[p].released for p in staying)
             del self.cached[victim]
             gone.discard(victim)
-            if victim[:-SIZE] in self.cached and not self.children(victim[:-SIZE]):
-                self.cached[victim[:-SIZE]].exposed = True
 
     def allocate(self) -> int | None:
         """A page for a sequence, evicting where that is needed."""
@@ -129,7 +124,6 @@ class PrefixTreeMachine(RuleBasedStateMachine):
                 assert node.page == page
                 self.cached[prefix] = Cached(page)
             self.cached[prefix].users += 1
-            self.cached[prefix].exposed = False
             holder.tokens = prefix
             holder.pages.append(node.page)
             holder.path.append(node)
@@ -146,7 +140,6 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         assert pages == [node.page for node in path]
         for prefix in expected:
             self.cached[prefix].users += 1
-            self.cached[prefix].exposed = False
         holder = Holder(tokens[: len(path) * SIZE], pages, path, self.tree.epoch)
         self.live.append(holder)
         self.extend(holder, tokens[len(path) * SIZE :])
@@ -280,7 +273,6 @@ def test_least_recently_released_leaf_goes_first() -> None:
     assert gone == [0, 2, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="evict puts a parent that became a leaf before all other leaves")
 def test_recently_used_parent_outlives_older_leaves() -> None:
     """A system prompt that every short question uses must not go because an old long question's end went."""
     tree = PrefixTree(PagePool(8), SIZE)

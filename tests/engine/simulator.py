@@ -214,7 +214,6 @@ def check_nothing_left(engine: Engine) -> None:
     assert not engine.has_unfinished()
     assert not scheduler.has_unfinished()
     assert not engine._requests
-    assert not engine._deliver
     assert not engine._ids
     assert not engine._unclaimed
     assert not scheduler._waiting

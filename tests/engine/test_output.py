@@ -54,10 +54,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def say(tokenizer: Any, text: str) -> tuple[list[int], str]:
     """A text as tokens, and as the tokenizer can say it: this one has no tokens for 21 of the bytes."""
-    ids = encode(tokenizer, text)
-    said = tokenizer.decode(ids, skip_special_tokens=False)
-    assume(said.count(INCOMPLETE) < MOST_PENDING // 4)  # noise so long that waiting ends has its own test
-    return ids, said
+    ids = encode(tokenizer, text)[: MOST_PENDING - 1]  # what waits longer than that has tests of its own
+    return ids, tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def feed(text: SequenceText, ids: list[int], sizes: list[int]) -> list[str]:
@@ -74,29 +72,13 @@ def feed(text: SequenceText, ids: list[int], sizes: list[int]) -> list[str]:
     return pieces
 
 
-def cut(tokenizer: Any, ids: list[int], sizes: list[int], params: SamplingParams) -> tuple[str, str | None]:
-    """The naive way: the text of all tokens so far after each chunk; ends at the first that holds a stop string.
-
-    Text that ends inside a character is no text yet. The earliest of several stops wins, then the first in the list.
-    """
-    options = {
-        "skip_special_tokens": params.skip_special_tokens,
-        "spaces_between_special_tokens": params.spaces_between_special_tokens,
-    }
-    ends, end, turn = [], 0, 0
-    while end < len(ids):
-        end = min(len(ids), end + sizes[turn % len(sizes)])
-        turn += 1
-        ends.append(end)
-    text = ""
-    for end in ends:
-        text = tokenizer.decode(ids[:end], **options)
-        if text.endswith(INCOMPLETE) and end < len(ids):
-            continue
-        found = [(text.find(stop), place, stop) for place, stop in enumerate(params.stop_strings) if stop in text]
+def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The naive way, letter by letter: ends where a stop is complete, at the earliest and first listed of several."""
+    for end in range(1, len(text) + 1):
+        found = [(text.find(stop), place, stop) for place, stop in enumerate(stops) if stop in text[:end]]
         if found:
             at, _, stop = min(found)
-            return text[: at + len(stop) * params.include_stop_str_in_output], stop
+            return text[:at], stop
     return text, None
 
 
@@ -213,6 +195,20 @@ def test_a_character_across_the_most_that_is_held_back(
     assert text == smollm2_tokenizer.decode(ids)
 
 
+@pytest.mark.xfail(strict=True, reason="whole characters before a broken one wait with it, and in the end break too")
+def test_chunks_that_always_end_inside_a_character(smollm2_tokenizer: Any, byte_tokens: dict[int, int]) -> None:
+    """Three tokens a step (a lucky drafter's) and three per character, out of step by one: text must get through."""
+    ids = [byte_tokens[byte] for byte in "語".encode()] * 40
+    text, shown, end = SequenceText(smollm2_tokenizer, SamplingParams()), "", 1
+    while end < len(ids):
+        text.update(ids[:end])
+        shown += text.take(last=False)
+        assert len(shown) >= end // 3 - 1, "sound text is held back"
+        end += 3
+    text.update(ids, last=True)
+    assert shown + text.take(last=True) == "語" * 40
+
+
 def test_special_tokens(smollm2_tokenizer: Any) -> None:
     ids = encode(smollm2_tokenizer, "a<|im_end|>b")
     for skip, expected in ((True, "ab"), (False, "a<|im_end|>b")):
@@ -240,16 +236,23 @@ def stops_in(draw: Any, text: str) -> list[str]:
 def test_text_ends_at_the_earliest_stop(
     smollm2_tokenizer: Any, data: st.DataObject, sizes: list[int], include: bool
 ) -> None:
-    """Joined pieces are the text cut where the naive way cuts it; nothing shown on the way is ever taken back."""
+    """Joined pieces are the text cut at a stop's first occurrence, beginning no later than the first complete one.
+
+    Which of several that overlap it is depends on what tokens and chunks complete together.
+    """
     ids, text = say(smollm2_tokenizer, data.draw(texts))
     stops = data.draw(stops_in(text))
     params = SamplingParams(stop=stops, include_stop_str_in_output=include, skip_special_tokens=False)
-    expected, stop = cut(smollm2_tokenizer, ids, sizes, params)
     shown = SequenceText(smollm2_tokenizer, params)
     pieces = feed(shown, ids, sizes)
-    assert shown.stopped == stop
-    assert shown.text == expected
-    assert "".join(pieces) == expected
+    places = {stop: text.find(stop) for stop in stops if stop in text}
+    if not places:
+        assert (shown.stopped, "".join(pieces)) == (None, text)
+        return
+    assert shown.stopped in places
+    at, first = places[shown.stopped], min(places, key=lambda stop: places[stop] + len(stop))
+    assert at <= places[first]
+    assert "".join(pieces) == shown.text == text[:at] + shown.stopped * include
 
 
 @settings(max_examples=300, deadline=None)
@@ -280,7 +283,7 @@ def test_stops_that_begin_many_times(
     params = SamplingParams(stop=stops)
     shown = SequenceText(smollm2_tokenizer, params)
     pieces = feed(shown, ids, [1])
-    expected, stop = cut(smollm2_tokenizer, ids, [1], params)
+    expected, stop = cut(letters, stops)
     assert ("".join(pieces), shown.stopped) == (expected, stop)
     so_far = ""
     for piece in pieces:

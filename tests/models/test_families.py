@@ -195,3 +195,15 @@ def test_half_precision_runs_and_stays_close(dtype: torch.dtype) -> None:
             [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, ids, strict=True)]
         )
         assert (found - expected).abs().max() < 0.25
+
+
+def test_a_soft_cap_that_the_own_forward_leaves_out_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 2 under sdpa runs without its cap, in training as in stock generate: pages agree, and it is said."""
+    model = make_model("Gemma2")
+    model.config._attn_implementation = "sdpa"  # what transformers 5.17 picks by itself, and 5.23 refuses
+    prompt = make_prompts([20])[0]
+    expected = stock_greedy(model, prompt, 12)
+    hf_paged.wrap(model, num_pages=64)
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=12, detokenize=False)
+    assert model.generate_many([prompt], greedy)[0].outputs[0].token_ids == expected
+    assert "soft cap" in caplog.text
