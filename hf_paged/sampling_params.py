@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it divide logits into infinities; they mean greedy."""
+
+
 class RequestOutputKind(Enum):
     """What each output of a request carries."""
 
@@ -44,7 +48,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or generated (CTRL, arXiv 1909.05858)."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is anything below 1e-5."""
     top_p: float = 1.0
     """Keeps the smallest set of likeliest tokens that holds this much probability; in (0, 1]."""
     top_k: int = 0
@@ -140,12 +144,16 @@ class SamplingParams:
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(f"logit_bias must be a dict of token id to bias, got {type(self.logit_bias).__name__}")
-            self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
-            if any(math.isnan(bias) for bias in self.logit_bias.values()):
-                raise ValueError("logit_bias must not contain NaN")
+            try:  # JSON has string keys
+                self.logit_bias = {int(str(token)): float(bias) for token, bias in self.logit_bias.items()}
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"logit_bias must be a dict of token id to bias: {error}") from None
+            _each("logit_bias", list(self.logit_bias), int)
+            if any(math.isnan(bias) or bias == math.inf for bias in self.logit_bias.values()):
+                raise ValueError("logit_bias must not contain NaN or +inf (allowed_token_ids says what may be sampled)")
         if self.logits_processors is not None:
-            if callable(self.logits_processors):
-                raise TypeError("logits_processors must be a list of functions, got a single one")
+            if not isinstance(self.logits_processors, list | tuple):
+                raise TypeError(f"logits_processors must be a list of functions, got {self.logits_processors!r}")
             for processor in self.logits_processors:
                 if not callable(processor):
                     raise TypeError(f"logits_processors must be callable, got {processor!r}")
@@ -156,7 +164,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def stop_strings(self) -> list[str]:
@@ -242,8 +250,10 @@ class SamplingParams:
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
             + ("logits_processors", "logprobs", "prompt_logprobs", "seed")
-            if getattr(self, name) != defaults[name]
+            if getattr(self, name) not in (defaults[name], [], {})
         ]
+        if self.max_tokens is None:  # without a length transformers would stop at its own default
+            lost.append("max_tokens=None")
         if self.ignore_eos != bool(self.stop_token_ids):  # eos_token_id stands in place of the model's own ids
             lost.append("ignore_eos without stop_token_ids" if self.ignore_eos else "stop_token_ids without ignore_eos")
         if lost:
@@ -255,7 +265,7 @@ class SamplingParams:
             "max_new_tokens": self.max_tokens,
             "min_new_tokens": self.min_tokens or None,
             "stop_strings": self.stop,
-            "eos_token_id": self.stop_token_ids,
+            "eos_token_id": None if self.stop_token_ids is None else list(self.stop_token_ids),
         }
         if not self.greedy:
             said |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": max(self.top_k, 0)}

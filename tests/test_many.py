@@ -895,3 +895,17 @@ def test_the_first_calls_of_four_threads_make_one_engine(stock: Any) -> None:
     model = hf_paged.wrap(copy.deepcopy(stock), **OPTIONS)
     engines = in_threads(*([lambda: model.engine] * 4))
     assert len({id(engine) for engine in engines}) == 1
+
+
+def test_a_processor_cannot_generate_with_its_own_model(model: Any, stock: Any) -> None:
+    """It would wait for itself. It is told so, and its neighbour does not notice."""
+
+    def inward(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
+        model.generate_many([PROMPTS[1]], greedy(2))
+        return logits
+
+    bad, good = model.generate_many([PROMPTS[1], PROMPTS[2]], [greedy(4).clone(logits_processors=[inward]), greedy()])
+    assert bad.outputs[0].finish_reason == "error"
+    assert "in the middle of a step" in str(bad.error)
+    assert good.outputs[0].token_ids == expect(stock, [PROMPTS[2]])[0]
+    assert_idle(model)

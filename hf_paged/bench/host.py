@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.executor import StepResult
 from hf_paged.engine.intake import Intake
-from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
@@ -84,7 +82,8 @@ def host_cost(num_seqs: int = 256, context: int = 1024, steps: int = 50, page_si
     draw = random.Random(0)
     for _ in range(num_seqs):
         engine.add_request([draw.randrange(50_000) for _ in range(context)], sampling)
-    while engine.scheduler.num_waiting or engine.has_unfinished() is False or engine.stats.steps == 0:
+    engine.step()
+    while engine.scheduler.num_waiting:
         engine.step()
     engine.step()
     times = []
@@ -95,35 +94,30 @@ def host_cost(num_seqs: int = 256, context: int = 1024, steps: int = 50, page_si
     return sorted(times)[len(times) // 2] * 1e3
 
 
-def simulate(num_requests: int, wave: int = 4096) -> tuple[float, int]:
-    """Schedules many short requests to their end. Returns (seconds, steps).
+def simulate(num_requests: int, wave: int = 1024) -> tuple[float, int]:
+    """Takes in, schedules and finishes many short requests. Returns (seconds, steps); drawing the prompts is not timed.
 
     Prompts of 1-20 tokens, 1-8 tokens out; 256 at once, in a pool that keeps evicting cached pages.
     """
     engine = simulated_engine(num_pages=600, page_size=16, max_num_seqs=256, max_model_len=64, prepare=False)
-    finished = 0
-    start = time.perf_counter()
-
-    def done(_: object) -> None:
-        nonlocal finished
-        finished += 1
-
-    for batch in _waves(num_requests, wave, engine):
-        engine.submit(batch, done)
-        while engine.has_unfinished():
-            engine.step()
-    assert finished == num_requests
-    return time.perf_counter() - start, engine.stats.steps
-
-
-def _waves(num_requests: int, wave: int, engine: Engine) -> Iterator[list[Request]]:
     draw = random.Random(0)
     kinds = [
         SamplingParams(max_tokens=count, detokenize=False, seed=0, output_kind=RequestOutputKind.FINAL_ONLY)
         for count in range(1, 9)
     ]
+    finished, seconds = 0, 0.0
+
+    def done(_: object) -> None:
+        nonlocal finished
+        finished += 1
+
     for first in range(0, num_requests, wave):
-        yield [
-            engine.intake.request([draw.randrange(1000) for _ in range(draw.randint(1, 20))], draw.choice(kinds))
-            for _ in range(min(wave, num_requests - first))
-        ]
+        count = min(wave, num_requests - first)
+        prompts = [[draw.randrange(1000) for _ in range(draw.randint(1, 20))] for _ in range(count)]
+        start = time.perf_counter()
+        engine.submit([engine.intake.request(prompt, draw.choice(kinds)) for prompt in prompts], done)
+        while engine.has_unfinished():
+            engine.step()
+        seconds += time.perf_counter() - start
+    assert finished == num_requests
+    return seconds, engine.stats.steps

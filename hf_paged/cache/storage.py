@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,8 +60,17 @@ def _free_bytes(device: torch.device, utilization: float) -> int:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         used = total - free - reusable
         return max(0, int(total * utilization) - used)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_POOL_BYTES
-    return min(available // 4, CPU_POOL_BYTES)
+    return min(_available_host_bytes() // 4, CPU_POOL_BYTES)
+
+
+def _available_host_bytes() -> int:
+    """Memory that programs could take without swapping, page cache included, as far as the system tells."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class KVStorage:

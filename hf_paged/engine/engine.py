@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hf_paged.engine.batch import Batch
@@ -71,10 +72,10 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: set[str] = set()
         self._adding = threading.Lock()
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         """Held while a step is computed, or the inbox read."""
-        self._driver: int | None = None
-        """The thread that holds the turn."""
+        self._working: int | None = None
+        """The thread that does so."""
         self._queue: set[int] = set()
         """Threads that wait for the turn."""
         self._used = False
@@ -113,7 +114,7 @@ class Engine:
         fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self._inbox.append(lambda: self._abort(ids))
-        if self._turn.locked() and self._driver == threading.get_ident():
+        if self._working == threading.get_ident():
             return  # from inside a step: the next one sees to it
         self._take_turn(self._read_inbox)
 
@@ -183,20 +184,31 @@ class Engine:
     # ---- one step; only ever one thread at a time ----------------------------------------------------------
 
     def _take_turn(self, work: Callable[[], None]) -> None:
-        """Does `work` while no other thread does any. If it fails, an interrupt included, the engine is put right
-        again."""
+        """Does `work` while no other thread does any. If it fails, an interrupt included, the engine is put right."""
         me = threading.get_ident()
+        if self._working == me:
+            raise RuntimeError(
+                "the engine is in the middle of a step: a logits processor or stopping criterion cannot generate with the "
+                "model that it is called for"
+            )
         self._queue.add(me)
         try:
             with self._turn:
-                self._driver = me
+                self._working = me
                 self._queue.discard(me)
                 try:
                     work()
                 except BaseException:
                     self._recover()
                     raise
+                finally:
+                    self._working = None
         finally:
+            # Only an interrupt on the way out leaves any of this as it was.
+            if self._working == me:
+                self._working = None
+            with suppress(RuntimeError):
+                self._turn.release()
             self._queue.discard(me)
         if self._queue:
             time.sleep(1e-4)  # a lock is not fair: whoever waits gets a chance to take it

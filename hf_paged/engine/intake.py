@@ -91,6 +91,8 @@ class Intake:
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt as (text if it came as text, token ids)."""
+        if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, and a hot path
+            return None, list(prompt)
         if isinstance(prompt, str):
             return prompt, list(self._need_tokenizer("a text prompt")(prompt)["input_ids"])
         if isinstance(prompt, Mapping):

@@ -39,6 +39,8 @@ class SequenceText:
         # Decoding starts at token `_begin`, whose text up to token `_read` is known: context enough for the next ones.
         self._begin = self._read = 0
         self._known = ""
+        self._given = 0  # tokens at the last update
+        self._waited = 0  # tokens up to which waiting for a whole character was given up
         self._shown = 0
         self.text = ""
         self.stopped: str | None = None
@@ -50,13 +52,25 @@ class SequenceText:
         """Takes over the text of new tokens. Returns the stop string that now ends it, if one does."""
         if self.stopped is not None or self._read == len(ids):
             return self.stopped
+        if self._given < self._min_tokens < len(ids):  # several at once, across the border
+            self.update(ids[: self._min_tokens])
+        self._given = len(ids)
         window = self.decode(ids[self._begin :])
-        if window.endswith(INCOMPLETE) and not last and len(ids) - self._read < MOST_PENDING:
-            return None
         begin = len(self.text)
-        self.text += window[len(self._known) :]
-        self._begin, self._read = self._read, len(ids)
-        self._known = self.decode(ids[self._begin :])
+        if window.endswith(INCOMPLETE) and not last:
+            # Whole characters are taken over; the broken one at the end may yet become whole. Noise without end is not
+            # waited for, less what may be the beginning of a character (byte fallback writes one mark per byte).
+            noise = len(ids) - max(self._read, self._waited) >= MOST_PENDING
+            whole = window[:-3] if noise else window.rstrip(INCOMPLETE)
+            if len(whole) > len(self._known):
+                self.text += whole[len(self._known) :]
+                self._known = whole
+            if noise:
+                self._waited = len(ids)
+        else:
+            self.text += window[len(self._known) :]
+            self._begin, self._read = self._read, len(ids)
+            self._known = self.decode(ids[self._begin :])
         if len(ids) <= self._min_tokens:
             self._first_stop_char = len(self.text)
             return None
@@ -65,7 +79,7 @@ class SequenceText:
     def _find_stop(self, begin: int) -> str | None:
         found: tuple[int, str] | None = None
         for stop in self._stops:
-            at = self.text.find(stop, max(self._first_stop_char, begin - len(stop) + 1, 0))
+            at = self.text.find(stop, max(max(self._first_stop_char, begin) - len(stop) + 1, 0))
             if at >= 0 and (found is None or at < found[0]):
                 found = (at, stop)
         if found is not None:

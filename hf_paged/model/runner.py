@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_paged.attention import interface
 from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
+from hf_paged.model.cpu import fast_linear
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, forward
 
@@ -59,7 +60,7 @@ class ModelRunner:
         step = _PagedStep(self.backend, plan, self.storage, self.layout.by_module)
         rows = torch.from_numpy(inputs.logit_rows).to(device, non_blocking=True)
         options = {"logits_to_keep": rows} if self.layout.takes_logits_to_keep else {}
-        with evaluation_mode(self.lm), interface.use_paged_attention(self._configs):
+        with evaluation_mode(self.lm), interface.use_paged_attention(self._configs), fast_linear(device):
             logits = forward(
                 self.lm,
                 torch.from_numpy(inputs.token_ids).to(device, non_blocking=True),

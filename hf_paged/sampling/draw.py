@@ -18,6 +18,10 @@ NUCLEUS = 1024
 little."""
 
 
+TIES = 16
+"""How many more tokens than top-k are looked at, for those that tie with the last one (common in half precision)."""
+
+
 def uniforms(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One number in (0, 1) per row, a function of (seed, stream, position) alone.
 
@@ -37,7 +41,7 @@ def uniforms(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> n
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
-    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ def draw(logits: Tensor, u: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p:
         int64 `[R]`.
     """
     vocab = logits.shape[1]
-    width = np.where(top_k > 0, np.minimum(top_k, vocab), np.where(top_p < 1.0, min(NUCLEUS, vocab), 0))
+    width = np.where(top_k > 0, np.minimum(top_k + TIES, vocab), np.where(top_p < 1.0, min(NUCLEUS, vocab), 0))
     tokens = torch.empty(len(u), dtype=torch.int64, device=logits.device)
     # Rows are grouped by their own parameters only, so that no row's arithmetic depends on its neighbours.
     for k in np.unique(width):
@@ -90,27 +94,27 @@ def draw(logits: Tensor, u: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p:
                 weights = weights.masked_fill(weights < m[:, None] * weights.amax(-1, keepdim=True), 0.0)
             tokens[where] = inverse_cdf(weights, u[where])
             continue
-        limited = torch.from_numpy(top_k[width == k] > 0).to(logits.device)
-        tokens[where] = _draw_sorted(chosen, u[where], int(k), limited, p, m)
+        limits = torch.from_numpy(np.minimum(top_k[width == k], vocab)).to(logits.device)
+        tokens[where] = _draw_sorted(chosen, u[where], int(k), limits, p, m)
     return tokens
 
 
-def _draw_sorted(logits: Tensor, u: Tensor, k: int, limited: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """As `draw`, among the `k` likeliest tokens in order; `limited` rows have a top-k, the others need enough mass in
-    k."""
+def _draw_sorted(logits: Tensor, u: Tensor, k: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """As `draw`, among the `k` likeliest tokens in order; rows with a `top_k` of 0 need enough mass in k."""
     values, ids = logits.topk(k, sorted=True)
+    limited = top_k > 0
+    lowest = values.gather(1, torch.where(limited, top_k, k)[:, None] - 1)
+    values = values.masked_fill(values < lowest, -torch.inf)  # as in transformers, ties at the last place all stay
     whole = torch.where(limited[:, None], values.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
     weights = (values - whole).exp()
     before = weights.double().cumsum(-1) - weights
     short = ~limited & (before[:, -1] + weights[:, -1] < top_p) if k < logits.shape[1] else torch.zeros_like(limited)
-    weights = weights.masked_fill(before >= top_p[:, None], 0.0)
+    weights = weights.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1.0), 0.0)
     weights = weights.masked_fill(weights < min_p[:, None] * weights[:, :1], 0.0)
     tokens = ids.gather(1, inverse_cdf(weights, u)[:, None])[:, 0]
     if bool(short.any()):
         again = short.nonzero()[:, 0]
-        tokens[again] = _draw_sorted(
-            logits[again], u[again], logits.shape[1], limited[again], top_p[again], min_p[again]
-        )
+        tokens[again] = _draw_sorted(logits[again], u[again], logits.shape[1], top_k[again], top_p[again], min_p[again])
     return tokens
 
 
@@ -119,9 +123,10 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Ten
     shown."""
     ordered, ids = logits.sort(descending=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k > 0:
-        keep[top_k:] = False
+    if 0 < top_k < len(ordered):
+        keep &= ordered >= ordered[top_k - 1]
     weights = torch.softmax(ordered.masked_fill(~keep, -torch.inf), -1)
-    keep &= weights.double().cumsum(-1) - weights < top_p
+    if top_p < 1.0:  # at 1 rounding alone would decide where the sum ends
+        keep &= weights.double().cumsum(-1) - weights < top_p
     keep &= weights >= min_p * weights[0]
     return logits.masked_fill(~torch.zeros_like(keep).scatter_(0, ids, keep), -torch.inf)

@@ -12,6 +12,7 @@ from hf_paged.engine.request import Sequence
 from hf_paged.sampling import processors
 from hf_paged.sampling.draw import draw, filter_logits, uniforms
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
+from hf_paged.sampling_params import GREEDY_BELOW
 
 
 class NonFiniteLogits(RuntimeError):
@@ -49,6 +50,10 @@ class Sampler:
             logits: `[R, V]`, a row per sequence, any float dtype. Not changed.
         """
         simple = all(sequence.request.simple for sequence in sequences)
+        if simple and all(sequence.request.sampling.greedy for sequence in sequences):
+            best = logits.max(-1)
+            if bool(torch.isfinite(best.values).all()):
+                return Sampled(best.indices.tolist(), [None] * len(sequences))
         raw = logits.float()
         errors: dict[int, Exception] = {}
         scores = raw if simple else self._adjust(raw.clone(), sequences, errors)
@@ -112,7 +117,7 @@ class Sampler:
         """Tokens, and the scores they were drawn from, with filters shown where somebody will look."""
         params = [sequence.request.sampling for sequence in sequences]
         temperature = np.array([p.temperature for p in params])
-        random = np.flatnonzero(temperature > 0)
+        random = np.flatnonzero(temperature >= GREEDY_BELOW)
         if not len(random):
             return scores.argmax(-1).tolist(), scores
         tokens = scores.argmax(-1) if len(random) < len(params) else scores.new_empty(len(params), dtype=torch.int64)

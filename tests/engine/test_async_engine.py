@@ -1,0 +1,140 @@
+"""The engine behind asyncio: the same tokens, streams, early exits and failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_paged
+from hf_paged import SamplingParams
+from hf_paged.engine.async_engine import AsyncEngine
+from hf_paged.engine.engine import Engine
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8] * 20, [9, 3], list(range(3, 40))]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return hf_paged.wrap(LlamaForCausalLM(config).eval(), page_size=8, num_pages=64)
+
+
+def play(engine: Engine, scene: Callable[[AsyncEngine], Awaitable[None]]) -> None:
+    """Runs a coroutine with an AsyncEngine, and checks that nothing is left in the engine."""
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as served:
+            await asyncio.wait_for(scene(served), timeout=60)
+
+    asyncio.run(main())
+    assert not engine.has_unfinished()
+    assert engine.scheduler.num_active_pages == 0
+
+
+async def tokens_of(engine: AsyncEngine, prompt: list[int], sampling: SamplingParams = GREEDY) -> list[int]:
+    last = None
+    async for output in engine.generate(prompt, sampling):
+        last = output
+    assert last is not None and last.finished
+    return last.outputs[0].token_ids
+
+
+def test_many_at_once_get_what_generate_many_gives(model: Any) -> None:
+    expected = [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, GREEDY)]
+
+    async def scene(engine: AsyncEngine) -> None:
+        assert await asyncio.gather(*(tokens_of(engine, prompt) for prompt in PROMPTS)) == expected
+
+    play(model.engine, scene)
+
+
+def test_outputs_grow_step_by_step(model: Any) -> None:
+    async def scene(engine: AsyncEngine) -> None:
+        lengths = [len(output.outputs[0].token_ids) async for output in engine.generate(PROMPTS[0], GREEDY)]
+        assert lengths == list(range(1, 13))
+
+    play(model.engine, scene)
+
+
+def test_leaving_early_aborts(model: Any) -> None:
+    async def scene(engine: AsyncEngine) -> None:
+        outputs = engine.generate(PROMPTS[0], GREEDY.clone(max_tokens=200))
+        async for output in outputs:
+            assert not output.finished
+            break
+        await outputs.aclose()  # type: ignore[attr-defined]
+        assert not engine.engine.has_unfinished()
+
+    play(model.engine, scene)
+
+
+def test_a_cancelled_task_aborts(model: Any) -> None:
+    async def scene(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(tokens_of(engine, PROMPTS[0], GREEDY.clone(max_tokens=200)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not engine.engine.has_unfinished()
+
+    play(model.engine, scene)
+
+
+def test_bad_arguments_raise_where_they_are_given(model: Any) -> None:
+    async def scene(engine: AsyncEngine) -> None:
+        with pytest.raises(ValueError, match="outside the model's vocabulary"):
+            await tokens_of(engine, [1000])
+        with pytest.raises(ValueError, match="tokenizer"):
+            async for _ in engine.stream([1, 2]):
+                pass
+        assert len(await tokens_of(engine, PROMPTS[0])) == 12
+
+    play(model.engine, scene)
+
+
+def test_a_failed_step_reaches_its_readers_and_the_engine_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = model.engine
+    execute = engine.executor.execute
+
+    def fail(batch: Any) -> Any:
+        monkeypatch.setattr(engine.executor, "execute", execute)
+        raise RuntimeError("the device is on fire")
+
+    async def scene(served: AsyncEngine) -> None:
+        monkeypatch.setattr(engine.executor, "execute", fail)
+        with pytest.raises(RuntimeError, match="a step of the engine failed"):
+            await tokens_of(served, PROMPTS[0])
+        assert len(await tokens_of(served, PROMPTS[0])) == 12
+
+    play(engine, scene)
+
+
+def test_closing_wakes_those_who_wait(model: Any) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(model.engine)
+        task = asyncio.create_task(tokens_of(engine, PROMPTS[0], GREEDY.clone(max_tokens=200)))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(task, timeout=30)
+        with pytest.raises(RuntimeError, match="closed"):
+            await tokens_of(engine, PROMPTS[0])
+
+    asyncio.run(main())
+    assert not model.engine.has_unfinished()
