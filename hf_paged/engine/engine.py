@@ -188,8 +188,8 @@ class Engine:
         me = threading.get_ident()
         if self._working == me:
             raise RuntimeError(
-                "the engine is in the middle of a step: a logits processor or stopping criterion cannot generate with the "
-                "model that it is called for"
+                "the engine is in the middle of a step: a logits processor or stopping criterion cannot generate with "
+                "the model that it is called for"
             )
         self._queue.add(me)
         try:
