@@ -235,7 +235,7 @@ def _decode(
 
 
 def _pages_of(pool: Tensor, pages: slice | Tensor) -> Tensor:
-    """A view of a range of pages, or a copy of pages by id (`index_select` takes a quarter of the time of `pool[ids]`)."""
+    """A view of a range of pages, or a copy of pages by id (`index_select` takes a quarter of `pool[ids]`'s time)."""
     return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 
 
