@@ -202,7 +202,10 @@ def test_a_soft_cap_that_the_own_forward_leaves_out_is_left_out(caplog: pytest.L
     model = make_model("Gemma2")
     model.config._attn_implementation = "sdpa"  # what transformers 5.17 picks by itself, and 5.23 refuses
     prompt = make_prompts([20])[0]
-    expected = stock_greedy(model, prompt, 12)
+    try:
+        expected = stock_greedy(model, prompt, 12)
+    except ValueError as refused:
+        pytest.skip(f"this transformers does not run it: {refused}")
     hf_paged.wrap(model, num_pages=64)
     greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=12, detokenize=False)
     assert model.generate_many([prompt], greedy)[0].outputs[0].token_ids == expected
