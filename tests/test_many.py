@@ -701,8 +701,8 @@ class InterruptAt:
         name = frame.f_code.co_filename
         if not any(part in name for part in ("hf_paged/engine/", "hf_paged/cache/", "hf_paged/many")):
             return None
-        # Around a lock's `with` a trace function can raise where Python never looks for signals, on lines that no handler
-        # covers (the NOP of a `try:`): what would be left there cannot happen.
+        # Around a lock's `with` a trace function can raise where Python never looks for signals, on lines that no
+        # handler covers (the NOP of a `try:`): what would be left there cannot happen.
         if frame.f_code.co_name == "_take_turn":
             return self
         if event == "line":
