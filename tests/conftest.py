@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports a kernel: Triton then runs it as Python, on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -28,6 +28,9 @@ class LayerSpec:
     softcap: float | None = None
     sinks: bool = False
     """Whether a sink logit per head rides along with each call."""
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+    """With an FP8 pool: what a stored key or value is multiplied by to get the real one. 1 in other dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,50 @@ class AttentionBatch:
         return len(self.decode_lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeBuffers:
+    """What a step of N decode rows reads on the device. The addresses are fixed: a CUDA graph that was captured over
+    these tensors is replayed over new contents. Rows beyond a step's own are padding: one token in page 0, nothing
+    written."""
+
+    page_size: int
+    slots: Tensor
+    """int32 [N]: the row's row of `block_table`."""
+    lengths: Tensor
+    """int32 [N]: tokens the row's sequence has with this step's included."""
+    write_rows: Tensor
+    """int64 [N]: where the row's key and value go in a pool seen as `[pages * page, ...]`; -1 is nowhere."""
+    block_table: Tensor
+    """int32 [slots, most pages]: of all running sequences."""
+    page_indptr: Tensor
+    """int32 [N + 1]: where each row's pages begin in `page_indices`."""
+    page_indices: Tensor
+    """int32 [enough]: the rows' pages laid end to end."""
+    last_page_lengths: Tensor
+    """int32 [N]: tokens in each row's last page."""
+
+
+class CapturedDecode(Protocol):
+    """Decode attention over one set of `DecodeBuffers`."""
+
+    def plan(self, page_indptr: np.ndarray, last_page_lengths: np.ndarray) -> None:
+        """The host's work before a replay, given copies of what the buffers will hold (int32 [N + 1], [N]). May enqueue
+        copies to the device; must not wait for it."""
+
+    def run(
+        self,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """As `AttentionBackend.run` for N decode rows. Launches the same kernels over the same addresses whatever the
+        buffers hold, so that it can be captured."""
+
+
 class AttentionBackend(Protocol):
     """A set of kernels. `plan` works on the host, once per step; `run` on the device, once per layer."""
 
@@ -93,3 +140,10 @@ class AttentionBackend(Protocol):
         Returns:
             `[T, H, Dv]` in the query's dtype. No synchronisation with the host.
         """
+
+
+class CapturableBackend(AttentionBackend, Protocol):
+    """A backend whose decode steps can be captured in CUDA graphs."""
+
+    def capture_decode(self, buffers: DecodeBuffers, layers: list[LayerSpec]) -> CapturedDecode:
+        """Decode attention bound to `buffers`, for all layers."""
