@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.executor import StepResult
 from hf_paged.engine.intake import Intake
+from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
@@ -25,10 +27,14 @@ class FakeExecutor:
         self._builder = builder
         self._token = token
 
-    def execute(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
         if self._builder is not None:
             self._builder.build(batch)
-        return StepResult([self._token] * (len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)))
+        count = len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)
+        return lambda: StepResult([self._token] * count)
+
+    def looks_ahead(self, request: Request) -> bool:
+        return False
 
     def weights_changed(self) -> bool:
         return False

@@ -51,8 +51,22 @@ class EngineStats:
     generation_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and whose results are not known yet."""
+
+    batch: Batch
+    land: Callable[[], StepResult]
+    start_s: float
+
+
 class Engine:
     """Continuous batching over one executor.
+
+    One step is looked ahead: while the device computes a step, the next one is scheduled and launched, its sequences
+    going on from tokens that only the device knows yet. Tokens are read, and ends are seen, one step late; what a
+    finished sequence computed in that step is thrown away. Requests whose sampling needs the host (see
+    `Executor.looks_ahead`) suspend this while they are there.
 
     Callers either own the loop (`add_request`, `step`, `abort`, `has_unfinished`) or leave it to `run`. Any number of
     threads may call anything at once: requests and aborts go through an inbox, and whoever waits for output computes
@@ -79,6 +93,10 @@ class Engine:
         self._queue: set[int] = set()
         """Threads that wait for the turn."""
         self._used = False
+        self._flight: _Flight | None = None
+        self._landed_s = 0.0
+        self._held: set[str] = set()
+        """Requests whose tokens must be known before the next step is launched."""
 
     # ---- for callers who own the loop ----------------------------------------------------------------------
 
@@ -215,6 +233,7 @@ class Engine:
 
     def _recover(self) -> None:
         """Tokens already appended are whole. Everything else is made again from them."""
+        self._flight = None
         requests = [request for request, _ in self._requests.values()]
         self.scheduler.recover(requests)
         for request in requests:
@@ -224,15 +243,33 @@ class Engine:
         self._report([request for request in requests if request.finished])
 
     def _step(self) -> None:
+        """Lands one step, and has the next one on its way before that where it may."""
         self._read_inbox()
+        if self._flight is None:
+            self._flight = self._launch()
+        if self._flight is None:
+            return
+        following = None if self._held else self._launch()
+        flight, self._flight = self._flight, following
+        self._land(flight)
+        if self._flight is not None and not self._requests:
+            self._flight.land()  # all were finished by what has just landed: nobody wants it
+            self._flight = None
+
+    def _launch(self) -> _Flight | None:
         start = time.monotonic()
         batch = self.scheduler.schedule()
         if not batch:
-            return
-        result = self.executor.execute(batch)
+            return None
+        flight = _Flight(batch, self.executor.launch(batch), start)
         self.scheduler.advance(batch)
-        self._report(self._append(batch, result))
-        self._count(batch, start)
+        return flight
+
+    def _land(self, flight: _Flight) -> None:
+        result = flight.land()
+        start, self._landed_s = max(flight.start_s, self._landed_s), time.monotonic()
+        self._report(self._append(flight.batch, result))
+        self._count(flight.batch, start)
 
     def _append(self, batch: Batch, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
@@ -258,7 +295,7 @@ class Engine:
                 entry = result.logprobs[place]
                 if entry is not None:
                     sequence.logprobs[sequence.num_generated :] = [entry]
-            sequence.tokens.append(result.tokens[place])
+            self.scheduler.append(sequence, result.tokens[place])
             self._end(sequence)
         return list(touched.values())
 
@@ -296,6 +333,7 @@ class Engine:
                 (deliver or self._unclaimed.append)(output)
             if finished:
                 self._ids.discard(request.request_id)
+                self._held.discard(request.request_id)
                 del self._requests[request.request_id]
 
     def _output(self, request: Request) -> RequestOutput | None:
@@ -342,6 +380,8 @@ class Engine:
             if request.request_id in self._requests:
                 continue
             self._requests[request.request_id] = request, deliver
+            if not self.executor.looks_ahead(request):
+                self._held.add(request.request_id)
             self.scheduler.add(request)
 
     def _abort(self, request_ids: list[str]) -> None:

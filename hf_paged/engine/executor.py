@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from hf_paged.attention.torch_backend import TorchBackend
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk
+from hf_paged.engine.request import Request
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.model.introspect import causal_lm, inspect_model, structure
 from hf_paged.model.runner import ModelRunner
@@ -38,9 +40,13 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """Computes batches in the order they were scheduled."""
+    """Computes batches in the order they were launched."""
 
-    def execute(self, batch: Batch) -> StepResult: ...
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        """Starts a step. What it returns waits for its results; steps land in the order of their launch."""
+
+    def looks_ahead(self, request: Request) -> bool:
+        """Whether the step after one that samples for this request may be launched before its token is known here."""
 
     def weights_changed(self) -> bool:
         """Whether the weights differ from those at the last call; True at the first. May read all of them."""

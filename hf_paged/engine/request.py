@@ -19,7 +19,7 @@ class Sequence:
     """One sample of a request: its tokens, and how far the KV cache has followed them.
 
     `tokens` is the truth; everything else about a sequence can be computed again from it, which is what preemption
-    and recovery do. Tokens `[0, num_computed)` have keys and values in `pages`.
+    and recovery do. Tokens `[0, num_computed)`, pending ones included, have keys and values in `pages`.
     """
 
     request: Request
@@ -27,6 +27,8 @@ class Sequence:
     tokens: list[int]
     num_prompt: int
     num_computed: int = 0
+    num_pending: int = 0
+    """Tokens after the last of `tokens` that are sampled, or will be by a step on its way, and not known here yet."""
     pages: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)
     """The prefix tree's nodes for the first `len(path)` pages."""

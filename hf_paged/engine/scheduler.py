@@ -25,8 +25,9 @@ _order = attrgetter("order")
 class Scheduler:
     """Decides; never computes.
 
-    `schedule` -> `Batch`, then the caller computes it, then `advance` says that it is computed, then the caller appends
-    the sampled tokens and calls `finish` for sequences that are done. If the computation fails, `recover` instead.
+    `schedule` -> `Batch`, then the caller launches it, then `advance` says that it is on its way. When its tokens are
+    known the caller hands them to `append`, and calls `finish` for sequences that are done; between the two it may
+    schedule one step more, whose sequences continue from tokens that nobody knows yet. If anything fails, `recover`.
 
     Args:
         num_pages, page_size: the pool.
@@ -145,7 +146,7 @@ class Scheduler:
             request.num_unfinished = sum(s.finish_reason is None for s in request.sequences)
             for sequence in request.sequences:
                 sequence.slot, sequence.num_computed, sequence.pages, sequence.path = -1, 0, [], []
-                sequence.may_share_tail = False
+                sequence.may_share_tail, sequence.num_pending = False, 0
             # In a fork that was cut short, samples that have no token yet run on their own from here.
             request.forked = len(request.sequences) == 1 or any(s.num_generated for s in request.sequences)
             self._number(request)
@@ -164,8 +165,13 @@ class Scheduler:
         i = 0
         while i < len(running):
             sequence = running[i]
-            start = sequence.num_computed
-            length = len(sequence.tokens) - start
+            start, total = sequence.num_computed, len(sequence.tokens)
+            if sequence.num_pending:
+                total += sequence.num_pending
+                if total - sequence.num_prompt >= sequence.request.max_tokens:
+                    i += 1  # the pending token is its last
+                    continue
+            length = total - start
             if length > 1:
                 length = min(length, budget + 1)
                 budget -= length - 1
@@ -175,7 +181,7 @@ class Scheduler:
                     preempted = True
                     if sequence.slot < 0:
                         break  # it was the last, and had to go itself
-            if length == 1 and end == len(sequence.tokens) and sequence.request.forked:
+            if length == 1 and end == total and sequence.request.forked:
                 decodes.append(sequence)
             else:
                 batch.chunks.append(self._chunk(sequence, start, length))
@@ -187,19 +193,27 @@ class Scheduler:
         return batch
 
     def advance(self, batch: Batch) -> None:
-        """The batch is computed: sequences move on, full pages are cached, samples of a finished prompt fork."""
-        page_size, tree_on = self.page_size, self.enable_prefix_caching
+        """The batch is on its way: sequences move on, pages full of known tokens are cached (whoever finds them is
+        computed later), samples of a finished prompt fork."""
         for sequence in batch.decodes:
             sequence.num_computed += 1
-            if tree_on and sequence.num_computed % page_size == 0:
-                self._cache_full_pages(sequence)
+            sequence.num_pending += 1
         for chunk in batch.chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.length
-            if tree_on:
+            if self.enable_prefix_caching:
                 self._cache_full_pages(sequence)
+            for sample in chunk.samples:
+                sample.num_pending += 1
             if len(chunk.samples) > 1:
                 self._fork(sequence)
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """A sampled token has become known."""
+        sequence.tokens.append(token)
+        sequence.num_pending -= 1
+        if self.enable_prefix_caching and sequence.num_computed >= (len(sequence.path) + 1) * self.page_size:
+            self._cache_full_pages(sequence)
 
     # ---- pages ---------------------------------------------------------------------------------------------
 
@@ -247,7 +261,7 @@ class Scheduler:
         if sequence.epoch != self.tree.epoch:
             return
         size, path, pages = self.page_size, sequence.path, sequence.pages
-        for i in range(len(path), sequence.num_computed // size):
+        for i in range(len(path), min(sequence.num_computed, len(sequence.tokens)) // size):
             tokens = tuple(sequence.tokens[i * size : (i + 1) * size])
             node = self.tree.insert(path[-1] if path else None, tokens, pages[i])
             if node.page != pages[i]:
@@ -310,6 +324,9 @@ class Scheduler:
             request = sequence.request
             if sequence.finish_reason is not None:
                 heapq.heappop(self._waiting)
+                continue
+            if sequence.num_pending:  # it is computed again from tokens, so these must be known
+                put_off.append(heapq.heappop(self._waiting))
                 continue
             slots = 1 if request.forked else min(len(request.sequences), self.max_num_seqs)
             if len(self._slots) - self._reserved_slots < slots:

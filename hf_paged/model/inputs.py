@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_paged.attention.backend import AttentionBatch, PrefillSpan
 from hf_paged.engine.batch import Batch
+from hf_paged.engine.request import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class StepInputs:
     """One packed forward of T rows."""
 
     token_ids: np.ndarray
-    """int64 [T]."""
+    """int64 [T]; 0 where the token is not known yet."""
     positions: np.ndarray
     """int64 [T]."""
     attention: AttentionBatch
@@ -27,6 +28,9 @@ class StepInputs:
     prompt_rows: list[tuple[int, int]]
     """Per chunk of the batch, the half-open range among the R of all its rows, where prompt log-probabilities are
     wanted; else an empty range."""
+    sources: np.ndarray | None = None
+    """int64 [B]: per decode row, the place of its token among those that the step before sampled; -1 where the token
+    is in `token_ids`. None when all are."""
 
 
 class InputBuilder:
@@ -38,16 +42,32 @@ class InputBuilder:
     def __init__(self, page_size: int, max_num_seqs: int, max_pages: int) -> None:
         self.page_size = page_size
         self.block_table = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
+        self._places: dict[Sequence, int] = {}
+        """Of the sequences that the last batch samples for."""
+
+    def write_pages(self, batch: Batch) -> np.ndarray | None:
+        """Applies the batch's page writes to the table. Returns them, int64 [W, 3], if there are any."""
+        if not batch.page_writes:
+            return None
+        writes = np.array(batch.page_writes)
+        self.block_table[writes[:, 0], writes[:, 1]] = writes[:, 2]
+        return writes
+
+    def sources(self, batch: Batch) -> np.ndarray | None:
+        """As in `StepInputs`; call it once per batch, in the order of launch."""
+        places, pending = self._places, any(sequence.num_pending for sequence in batch.decodes)
+        self._places = {sequence: place for place, sequence in enumerate(batch.sampled())}
+        if not pending:
+            return None
+        return np.array([places[s] if s.num_pending else -1 for s in batch.decodes], dtype=np.int64)
 
     def build(self, batch: Batch) -> StepInputs:
-        """Applies the batch's page writes and packs its rows, decodes first."""
-        if batch.page_writes:
-            writes = np.array(batch.page_writes)
-            self.block_table[writes[:, 0], writes[:, 1]] = writes[:, 2]
+        """Packs a batch's rows, decodes first."""
+        self.write_pages(batch)
         size = self.page_size
         decodes, chunks = batch.decodes, batch.chunks
         count = len(decodes)
-        token_ids = [sequence.tokens[-1] for sequence in decodes]
+        token_ids = [0 if sequence.num_pending else sequence.tokens[-1] for sequence in decodes]
         starts = np.array([sequence.num_computed for sequence in decodes], dtype=np.int64)
         slots_of_decodes = np.array([sequence.slot for sequence in decodes], dtype=np.int64)
 
@@ -93,4 +113,5 @@ class InputBuilder:
             logit_rows=np.array(logit_rows, dtype=np.int64),
             sample_rows=sample_rows,
             prompt_rows=prompt_rows,
+            sources=self.sources(batch),
         )

@@ -39,11 +39,19 @@ def fake_token(prompt: list[int], index: int, position: int) -> int:
 class FakeExecutor:
     """Tokens as a function of the prompt, the sample's index and the position; looks at no page."""
 
-    def __init__(self) -> None:
+    def __init__(self, lookahead: bool = False) -> None:
+        self.lookahead = lookahead
         self.wiped: list[list[int]] = []
 
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        result = self.execute(batch)
+        return lambda: result
+
+    def looks_ahead(self, request: Request) -> bool:
+        return self.lookahead
+
     def execute(self, batch: Batch) -> StepResult:
-        return StepResult([fake_token(s.request.prompt_token_ids, s.index, s.num_generated) for s in batch.sampled()])
+        return StepResult([fake_token(s.request.prompt_token_ids, s.index, s.num_generated + s.num_pending) for s in batch.sampled()])
 
     def expected(self, prompt: list[int], index: int, max_tokens: int) -> list[int]:
         """What a sample generates, its end-of-sequence token included."""
@@ -69,8 +77,11 @@ class PagedExecutor(FakeExecutor):
     one wrong page anywhere changes it.
     """
 
-    def __init__(self, num_pages: int, page_size: int, max_num_seqs: int, max_model_len: int) -> None:
-        super().__init__()
+    def __init__(
+        self, num_pages: int, page_size: int, max_num_seqs: int, max_model_len: int, lookahead: bool = False
+    ) -> None:
+        super().__init__(lookahead)
+        self._before: list[int] = []
         self._inputs = InputBuilder(page_size, max_num_seqs, -(-max_model_len // page_size) + 1)
         self.cache = np.full((num_pages, page_size), -1, dtype=np.int64)
 
@@ -81,6 +92,9 @@ class PagedExecutor(FakeExecutor):
             cache[target] = cache[source]
         sums = np.zeros(len(inputs.token_ids), dtype=np.int64)
         count = len(attention.decode_lengths)
+        if inputs.sources is not None:
+            unknown = np.flatnonzero(inputs.sources >= 0)
+            inputs.token_ids[unknown] = np.array(self._before)[inputs.sources[unknown]]
         last = attention.decode_lengths - 2
         before = cache[attention.decode_pages[np.arange(count), last // size], last % size]
         cache[attention.write_pages[:count], attention.write_offsets[:count]] = _entry(before, inputs.token_ids[:count])
@@ -95,7 +109,8 @@ class PagedExecutor(FakeExecutor):
             entries = cache[span.pages].reshape(-1)
             sums[span.row : span.row + span.length] = entries.cumsum()[span.context : span.context + span.length]
         wanted = sums[inputs.logit_rows][inputs.sample_rows].tolist()
-        return StepResult([(s + sequence.index) % VOCAB for s, sequence in zip(wanted, batch.sampled(), strict=True)])
+        self._before = [(s + sequence.index) % VOCAB for s, sequence in zip(wanted, batch.sampled(), strict=True)]
+        return StepResult(self._before)
 
     def expected(self, prompt: list[int], index: int, max_tokens: int) -> list[int]:
         total = entry = 0
@@ -125,6 +140,7 @@ def make_engine(
     max_num_batched_tokens: int = 2048,
     max_model_len: int = 64,
     paged: bool = False,
+    lookahead: bool = False,
 ) -> Engine:
     """The real engine over a fake executor."""
     scheduler = Scheduler(
@@ -140,7 +156,11 @@ def make_engine(
         pool_tokens=num_pages * page_size,
         eos_token_ids=lambda: frozenset({EOS}),
     )
-    executor = PagedExecutor(num_pages, page_size, max_num_seqs, max_model_len) if paged else FakeExecutor()
+    executor = (
+        PagedExecutor(num_pages, page_size, max_num_seqs, max_model_len, lookahead)
+        if paged
+        else FakeExecutor(lookahead)
+    )
     return Engine(executor, scheduler, intake)
 
 

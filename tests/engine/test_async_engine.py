@@ -110,14 +110,14 @@ def test_bad_arguments_raise_where_they_are_given(model: Any) -> None:
 
 def test_a_failed_step_reaches_its_readers_and_the_engine_goes_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = model.engine
-    execute = engine.executor.execute
+    launch = engine.executor.launch
 
     def fail(batch: Any) -> Any:
-        monkeypatch.setattr(engine.executor, "execute", execute)
+        monkeypatch.setattr(engine.executor, "launch", launch)
         raise RuntimeError("the device is on fire")
 
     async def scene(served: AsyncEngine) -> None:
-        monkeypatch.setattr(engine.executor, "execute", fail)
+        monkeypatch.setattr(engine.executor, "launch", fail)
         with pytest.raises(RuntimeError, match="a step of the engine failed"):
             await tokens_of(served, PROMPTS[0])
         assert len(await tokens_of(served, PROMPTS[0])) == 12

@@ -118,7 +118,7 @@ class Driver:
         for place, sequence in enumerate(batch.sampled()):
             if failure == "append" and place == failure_place:
                 return self.recover()
-            sequence.tokens.append(next_token(sequence))
+            scheduler.append(sequence, next_token(sequence))
             if sequence.num_generated == self.length(sequence):
                 scheduler.finish(sequence, "length")
         self.check_books()

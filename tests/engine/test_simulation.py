@@ -45,8 +45,9 @@ def test_a_million_requests() -> None:
     check_nothing_left(engine)
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("page_size", [1, 3, 8])
-def test_tokens_follow_from_the_right_pages(page_size: int) -> None:
+def test_tokens_follow_from_the_right_pages(page_size: int, lookahead: bool) -> None:
     """A pool that is too small for all, so that samples are copied, preempted, evicted, and found again."""
     engine = make_engine(
         num_pages=-(-96 // page_size),
@@ -55,6 +56,7 @@ def test_tokens_follow_from_the_right_pages(page_size: int) -> None:
         max_num_batched_tokens=30,
         max_model_len=32,
         paged=True,
+        lookahead=lookahead,
     )
     done = Simulation(engine, 1500, wave=60, seed=page_size).run()
     assert done.finished == 1500
@@ -71,9 +73,12 @@ def test_host_cost_runs() -> None:
 # ---- many callers --------------------------------------------------------------------------------------
 
 
-def test_threads_share_steps() -> None:
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_threads_share_steps(lookahead: bool) -> None:
     """Threads that run, leave early and abort; each gets its own tokens."""
-    engine = make_engine(num_pages=24, max_num_seqs=6, max_num_batched_tokens=16, max_model_len=32, paged=True)
+    engine = make_engine(
+        num_pages=24, max_num_seqs=6, max_num_batched_tokens=16, max_model_len=32, paged=True, lookahead=lookahead
+    )
     wrong: list[object] = []
 
     def caller(number: int) -> None:
@@ -118,10 +123,16 @@ def drain(engine: Engine, most: int = 100) -> list[RequestOutput]:
     raise AssertionError(f"not finished after {most} steps more")
 
 
-def start() -> Engine:
+def start(lookahead: bool = False) -> Engine:
     """A small engine with samples, a twin and too few pages."""
     engine = make_engine(
-        num_pages=7, page_size=2, max_num_seqs=4, max_num_batched_tokens=6, max_model_len=16, paged=True
+        num_pages=7,
+        page_size=2,
+        max_num_seqs=4,
+        max_num_batched_tokens=6,
+        max_model_len=16,
+        paged=True,
+        lookahead=lookahead,
     )
     for name, prompt, n in (("a", [3, 4, 5], 1), ("b", [7, 8, 9], 3), ("c", [3, 4, 5], 1)):
         engine.add_request(prompt, SamplingParams(n=n, max_tokens=5, seed=0, ignore_eos=True), request_id=name)
@@ -146,11 +157,12 @@ def without_eos(engine: Engine, prompt: list[int], index: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("computed", [False, True])
-def test_every_step_may_fail(computed: bool) -> None:
+def test_every_step_may_fail(computed: bool, lookahead: bool) -> None:
     """A forward that fails at any step leaves everything to be done again, and the tokens are the same."""
     for failing in range(40):
-        engine, calls = start(), 0
+        engine, calls = start(lookahead), 0
         execute = engine.executor.execute
 
         def flaky(batch: Batch, execute: Callable = execute, failing: int = failing) -> StepResult:
@@ -184,13 +196,15 @@ class Interrupt(KeyboardInterrupt):
 class Interrupter:
     """Raises in the `target`-th line that `Engine._step`, or what it calls in the engine and the cache, executes.
 
-    `lines` are the lines executed up to there: the call below `_step`, the file and the line's number.
+    `lines` are the lines executed up to there: the phase of the step, the file and the line's number.
     """
 
     FILES = frozenset(
         str(ROOT / name)
         for name in ("engine/engine.py", "engine/scheduler.py", "engine/output.py", "cache/pages.py", "cache/prefix.py")
     )
+
+    OUTER = (Engine._step.__code__, Engine._launch.__code__, Engine._land.__code__)
 
     def __init__(self, target: int | None = None) -> None:
         self.target = target
@@ -212,7 +226,7 @@ class Interrupter:
     def _call(self, frame: FrameType, event: str, arg: object) -> Callable | None:
         if frame.f_code.co_filename not in self.FILES or self.done:
             return None
-        if frame.f_back is not None and frame.f_back.f_code is Engine._step.__code__:
+        if frame.f_back is not None and frame.f_back.f_code in self.OUTER:
             self._phase = frame.f_code.co_name
         return self._line
 
@@ -221,8 +235,8 @@ class Interrupter:
         # the lock's `with`, where a trace function could raise.
         if frame.f_code.co_name in ("step", "drive", "has_unfinished", "_take_turn"):
             return self._line
-        if frame.f_code is Engine._step.__code__:
-            self._phase = "_step"
+        if frame.f_code in self.OUTER:
+            self._phase = frame.f_code.co_name
         if event == "line" and not self.done:
             self.lines.append((self._phase, Path(frame.f_code.co_filename).name, frame.f_lineno))
             if self.done:
@@ -230,8 +244,8 @@ class Interrupter:
         return self._line
 
 
-def run_interrupted(interrupter: Interrupter) -> tuple[Engine, list[RequestOutput]]:
-    engine, outputs = start(), []
+def run_interrupted(interrupter: Interrupter, lookahead: bool) -> tuple[Engine, list[RequestOutput]]:
+    engine, outputs = start(lookahead), []
     with suppress(Interrupt), interrupter:
         while engine.has_unfinished():
             outputs += engine.step()
@@ -257,6 +271,8 @@ def other_threads_can_take(lock: Any) -> bool:
     [
         "_step",
         "_read_inbox",
+        "_launch",
+        "_land",
         "schedule",
         "advance",
         "_append",
@@ -264,10 +280,11 @@ def other_threads_can_take(lock: Any) -> bool:
         "_count",
     ],
 )
-def test_ctrl_c_at_any_line_of_a_step(phase: str) -> None:
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_ctrl_c_at_any_line_of_a_step(phase: str, lookahead: bool) -> None:
     """Wherever it comes, all requests still finish, with the right tokens and no page lost."""
     whole = Interrupter()
-    run_interrupted(whole)
+    run_interrupted(whole, lookahead)
     places: dict[tuple[str, int], list[int]] = {}
     for place, (where, file, number) in enumerate(whole.lines):
         if where == phase:
@@ -277,7 +294,7 @@ def test_ctrl_c_at_any_line_of_a_step(phase: str) -> None:
     for (file, number), found in places.items():
         for place in {found[0], found[len(found) // 2], found[-1]}:
             interrupter = Interrupter(place)
-            engine, outputs = run_interrupted(interrupter)
+            engine, outputs = run_interrupted(interrupter, lookahead)
             assert interrupter.done
             try:
                 assert engine._working is None
