@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help="Paged generation for Hugging Face models.")
-bench = typer.Typer(no_args_is_help=True, help="Time hf_paged and its peers on the same work, in one process.")
+bench = typer.Typer(no_args_is_help=True, help="Time hf_paged and its peers on the same work.")
 app.add_typer(bench, name="bench")
 console = Console()
 
@@ -32,44 +34,107 @@ def demo(
     _friendly(lambda: run_demo(console, out, compare=compare, max_tokens=max_tokens))
 
 
+MODEL_HELP = (
+    "smollm2, or with random weights qwen3-0.6b, llama-3.1-8b or tiny. Default: smollm2 on a CPU, qwen3-0.6b on a GPU."
+)
+DTYPE_HELP = "float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."
+DEVICE_HELP = "cpu or cuda. Default: the GPU where there is one."
+OPTION_HELP = "A field of EngineConfig for hf_paged, as key=value; may be given several times."
+
+
 @bench.command()
 def throughput(
-    workload: Annotated[str, typer.Option(help="mixed: 64 prompts; samples: 16 samples of one prompt.")] = "mixed",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    engines: Annotated[str, typer.Option(help="Comma-separated: ours, generate, continuous-batching.")] = (
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    workload: Annotated[
+        str, typer.Option(help="mixed, samples, nano (nano-vllm's), rollout, rollout-long (32 x 16 samples) or single.")
+    ] = "mixed",
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    engines: Annotated[str, typer.Option(help="Comma-separated: ours, generate, continuous-batching, vllm.")] = (
         "ours,generate,continuous-batching"
     ),
-    requests: Annotated[int, typer.Option(min=1, help="Prompts of the mixed workload.")] = 64,
+    requests: Annotated[int | None, typer.Option(min=1, help="Prompts, instead of the workload's own number.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs; the best counts. Default: 2 on a GPU, 1 on a CPU.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds that an engine's timed runs may take together.")
+    ] = None,
+    cb_greedy: Annotated[bool, typer.Option(help="Run transformers' continuous batching greedily.")] = False,
+    isolate: Annotated[
+        bool | None,
+        typer.Option("--isolate/--no-isolate", help="Each peer in a process of its own. Default: on a GPU."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Tokens per second on SmolLM2-135M against stock generate and transformers' continuous batching."""
-    import torch
-
+    """Tokens per second against stock generate, transformers' continuous batching and vLLM, and against the floor."""
     from hf_paged.bench import throughput as report
-    from hf_paged.bench import workloads
     from hf_paged.bench.engines import ENGINES
-    from hf_paged.bench.models import load_smollm2
+    from hf_paged.bench.workloads import WORKLOADS
 
     names = engines.split(",")
-    _choose("engine", names, list(ENGINES))
-    _choose("workload", [workload], ["mixed", "samples"])
-    _choose("dtype", [dtype], ["float32", "bfloat16", "float16"])
-    if names[0] != "ours":
-        raise typer.BadParameter("the first engine must be ours: the others are compared with it")
+    _choose("engine", names, ENGINES)
+    _choose("workload", [workload], WORKLOADS)
+    _check_model(model, dtype, device)
+    options = _options(option or [])
 
     def run() -> None:
-        model, _ = load_smollm2(getattr(torch, dtype))
-        vocab = model.config.vocab_size
-        work = workloads.mixed(vocab, requests) if workload == "mixed" else workloads.samples(vocab)
-        runs = []
-        for name in names:
-            console.log(f"{name} ...") if not as_json else None
-            runs.append(ENGINES[name](model, work))
-        result = report.as_json(work, dtype, runs)
-        if as_json:
-            typer.echo(json.dumps(result, indent=2))
-        else:
-            console.print(report.as_table(result))
+        result = report.run_throughput(
+            model,
+            workload,
+            names,
+            requests=requests,
+            dtype=dtype,
+            device=device,
+            options=options,
+            repeats=repeats,
+            time_limit=time_limit,
+            cb_greedy=cb_greedy,
+            isolate=isolate,
+            log=_log(as_json),
+        )
+        _show(result, report.as_table, as_json)
+
+    _friendly(run)
+
+
+@bench.command()
+def latency(
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    batches: Annotated[str, typer.Option(help="Comma-separated: sequences that decode at once.")] = "1,64,256",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 900,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps per round; the median of the rounds counts.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What hf_paged's decode steps, its first token and its start take, against the floor."""
+    from hf_paged.bench import latency as report
+
+    sizes = batches.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise typer.BadParameter(f"batches must be positive numbers with commas between them, got {batches!r}")
+    _check_model(model, dtype, device)
+    options = _options(option or [])
+
+    def run() -> None:
+        result = report.run_latency(
+            model,
+            [int(size) for size in sizes],
+            context,
+            steps=steps,
+            rounds=rounds,
+            temperature=temperature,
+            dtype=dtype,
+            device=device,
+            options=options,
+            log=_log(as_json),
+        )
+        _show(result, report.as_table, as_json)
 
     _friendly(run)
 
@@ -94,10 +159,52 @@ def host(
     console.print(f"{requests:,} requests scheduled in {seconds:.1f} s, {steps:,} steps")
 
 
-def _choose(what: str, given: list[str], known: list[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise typer.BadParameter(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+def _choose(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    from hf_paged.bench.run import check_names
+
+    try:
+        check_names(what, given, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _check_model(model: str | None, dtype: str | None, device: str | None) -> None:
+    from hf_paged.bench.models import DTYPES, MODELS
+
+    _choose("model", [model] if model else [], MODELS)
+    _choose("dtype", [dtype] if dtype else [], DTYPES)
+    _choose("device", [device] if device else [], ["cpu", "cuda"])
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """key=value pairs as fields of EngineConfig: numbers, true, false and null are read as JSON, the rest is text."""
+    from hf_paged.config import EngineConfig
+
+    options: dict[str, Any] = {}
+    for pair in given:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"an option is key=value, got {pair!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    try:
+        EngineConfig().with_changes(**options)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return options
+
+
+def _log(quiet: bool) -> Callable[[str], None]:
+    return lambda text: None if quiet else console.print(text, style="dim")
+
+
+def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Table], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        console.print(as_table(result))
 
 
 def _friendly(run: object) -> None:

@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "enable_prefix_caching": (True, False),
+    "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
+    "attention_backend": ("auto", "flashinfer", "triton", "torch"),
+    "compile": ("layers", "off", None),
+    "cuda_graphs": (True, False),
+    "fuse_linear": (True, False, None),
+    "async_scheduling": (True, False, None),
+    "logprobs_mode": ("raw_logprobs", "processed_logprobs"),
+}
+"""What fields with a few possible values may say."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -26,11 +38,27 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Sequences that run at once."""
     max_num_batched_tokens: int | None = None
-    """Tokens computed per step, prefill and decode together. None: 2048, or `max_num_seqs` if that is more."""
+    """Tokens computed per step, prefill and decode together. None: 2048 on a CPU, 8192 elsewhere, or `max_num_seqs` if
+    that is more."""
     max_model_len: int | None = None
     """Longest prompt plus output. None: the model's own limit."""
     enable_prefix_caching: bool = True
     """Keep full pages for later requests that begin with the same tokens."""
+    kv_cache_dtype: str = "auto"
+    """Dtype of stored keys and values: "auto" is the model's own, "fp8" (or "fp8_e4m3") halves their memory, on a
+    GPU."""
+    attention_backend: str = "auto"
+    """"flashinfer", "triton" or "torch"; "auto" is the first of these that the device and the installation allow."""
+    compile: str | None = None
+    """"layers" compiles the decoder layers, one by one, for our own forwards; "off" runs them as they are. None:
+    "layers" on a GPU."""
+    cuda_graphs: bool = True
+    """On a GPU, run steps that only decode as CUDA graphs."""
+    fuse_linear: bool | None = None
+    """Compute linear layers with the same input (queries, keys and values, say) as one product, over one storage that
+    their parameters then share. None: on a GPU."""
+    async_scheduling: bool | None = None
+    """Schedule and launch the next step while the device computes this one. None: on a GPU."""
     logprobs_mode: str = "raw_logprobs"
     """Log-probabilities of the model itself ("raw_logprobs"), or after penalties, temperature, top-k...
     ("processed_logprobs")."""
@@ -49,16 +77,18 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"
             )
+        self._check_choices()
         if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, int | float):
             raise ValueError(f"gpu_memory_utilization must be a number, got {self.gpu_memory_utilization!r}")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching must be True or False, got {self.enable_prefix_caching!r}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
-        if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
-            raise ValueError(
-                f'logprobs_mode must be "raw_logprobs" or "processed_logprobs", got {self.logprobs_mode!r}'
-            )
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                told = ", ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
+                raise ValueError(f"{name} must be one of {told}; got {value!r}")
 
     def with_changes(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed.

@@ -12,14 +12,12 @@ from torch import nn
 
 from hf_paged.config import EngineConfig
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.executor import ModelExecutor
 from hf_paged.engine.intake import Intake
+from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.introspect import causal_lm
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TOKEN_BUDGET = 2048
 
 
 class PagedState:
@@ -41,7 +39,7 @@ class PagedState:
         """
         with self._lock:
             if self._engine is not None and self._outdated(self._engine):
-                self._engine = None
+                self._drop()
             if self._engine is None:
                 self._engine = build_engine(model, self.config, self._find_tokenizer(model))
             return self._engine
@@ -49,7 +47,12 @@ class PagedState:
     def drop_engine(self) -> None:
         """Gives the page pool's memory back; the next generation makes a new engine."""
         with self._lock:
-            self._engine = None
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._engine is not None and isinstance(self._engine.executor, ModelExecutor):
+            self._engine.executor.close()
+        self._engine = None
 
     def _outdated(self, engine: Engine) -> bool:
         executor = engine.executor
@@ -70,12 +73,12 @@ class PagedState:
 def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) -> Engine:
     """An engine for a model, its page pool included."""
     executor = ModelExecutor(model, config)
-    num_pages = executor.storage.num_pages
+    num_pages = executor.num_pages
     scheduler = Scheduler(
         num_pages=num_pages,
         page_size=executor.page_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, config.max_num_seqs),
+        max_num_batched_tokens=executor.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
     )
     intake = Intake(

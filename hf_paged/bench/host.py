@@ -8,15 +8,14 @@ from collections.abc import Callable
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.executor import StepResult
+from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.intake import Intake
-from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 
-class FakeExecutor:
+class FakeExecutor(Executor):
     """Computes nothing; every token is `token`.
 
     Args:
@@ -32,18 +31,6 @@ class FakeExecutor:
             self._builder.build(batch)
         count = len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)
         return lambda: StepResult([self._token] * count)
-
-    def looks_ahead(self, request: Request) -> bool:
-        return False
-
-    def weights_changed(self) -> bool:
-        return False
-
-    def optimizer_stepped(self) -> bool:
-        return False
-
-    def wipe(self, pages: list[int]) -> None:
-        pass
 
 
 def simulated_engine(

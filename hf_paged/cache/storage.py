@@ -31,8 +31,12 @@ def choose_num_pages(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    reserved_bytes: int = 0,
 ) -> int:
     """Pages for the pool: what the config says, else what fits in the memory that is free.
+
+    Args:
+        reserved_bytes: of that, what is to be left for other things.
 
     Raises:
         ValueError: the memory does not hold a single page.
@@ -42,7 +46,7 @@ def choose_num_pages(
     size = page_bytes(layers, page_size, dtype)
     budget = config.kv_cache_memory_bytes
     if budget is None:
-        budget = _free_bytes(device, config.gpu_memory_utilization)
+        budget = _free_bytes(device, config.gpu_memory_utilization) - reserved_bytes
     useful = config.max_num_seqs * -(-max_model_len // page_size)
     count = min(budget // size, useful)
     if count < 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+
+import torch
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.executor import Executor, StepResult
@@ -18,6 +21,8 @@ from hf_paged.engine.scheduler import Scheduler
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Deliver = Callable[[RequestOutput], None]
 
@@ -144,6 +149,35 @@ class Engine:
         """Says that the weights changed, in case a change could go unseen while requests are running."""
         self._inbox.append(lambda: self._flush())
 
+    def warm_up(self) -> None:
+        """Compiles and captures now what would otherwise be when it is first needed, so that no request waits for
+        it."""
+
+        def work() -> None:
+            self.executor.prepare()
+            self.executor.warm_up()
+
+        self._take_turn(work)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten.
+
+        Args:
+            level: 1, the only one: the weights belong to the model and stay.
+
+        Raises:
+            RuntimeError: requests are unfinished.
+        """
+        if level != 1:
+            raise ValueError(
+                f"sleep level must be 1 (the weights are the model's and stay where they are), got {level}"
+            )
+        self._take_turn(self._sleep)
+
+    def wake_up(self) -> None:
+        """Takes the memory again; the next request would too."""
+        self._take_turn(self.executor.wake_up)
+
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
         self.weights_updated()
@@ -251,19 +285,41 @@ class Engine:
             return
         following = None if self._held else self._launch()
         flight, self._flight = self._flight, following
-        self._land(flight)
+        if flight is not None:
+            self._land(flight)
         if self._flight is not None and not self._requests:
             self._flight.land()  # all were finished by what has just landed: nobody wants it
             self._flight = None
 
-    def _launch(self) -> _Flight | None:
+    def _launch(self, retry: bool = False) -> _Flight | None:
         start = time.monotonic()
         batch = self.scheduler.schedule()
         if not batch:
             return None
-        flight = _Flight(batch, self.executor.launch(batch), start)
-        self.scheduler.advance(batch)
-        return flight
+        try:
+            flight = _Flight(batch, self.executor.launch(batch), start)
+        except torch.OutOfMemoryError:
+            if retry:
+                raise
+        else:
+            self.scheduler.advance(batch)
+            return flight
+        self._shrink()
+        return self._launch(retry=True)
+
+    def _shrink(self) -> None:
+        """After running out of memory: what is under way lands, and everything starts over in smaller batches."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+        scheduler = self.scheduler
+        scheduler.shrink()
+        logger.warning(
+            "out of memory: going on with batches of %d tokens and %d sequences at most",
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+        )
+        scheduler.recover(request for request, _ in self._requests.values())
 
     def _land(self, flight: _Flight) -> None:
         result = flight.land()
@@ -363,6 +419,13 @@ class Engine:
         for observer in self.observers:
             observer(record)
 
+    def _sleep(self) -> None:
+        self._read_inbox()
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are unfinished: finish or abort them before sleep()")
+        self._flush()
+        self.executor.sleep()
+
     # ---- the inbox -----------------------------------------------------------------------------------------
 
     def _read_inbox(self) -> None:
@@ -373,8 +436,10 @@ class Engine:
             self._inbox.popleft()
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
-        if not self._requests and self.scheduler.enable_prefix_caching and self.executor.weights_changed():
-            self._flush()
+        if not self._requests:
+            self.executor.prepare()
+            if self.scheduler.enable_prefix_caching and self.executor.weights_changed():
+                self._flush()
         self._used = True
         for request in requests:
             if request.request_id in self._requests:

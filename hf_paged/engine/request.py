@@ -136,17 +136,20 @@ class Request:
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
-        self.simple = not (
+        untouched = not (
             self.penalised
             or self.bad_words
             or sampling.logit_bias
             or sampling.min_tokens
             or sampling.allowed_token_ids is not None
             or sampling.logits_processors
-            or sampling.logprobs is not None
             or hooks is not None
         )
+        self.simple = untouched and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""
+        self.fused = untouched and sampling.logprobs in (None, 0) and sampling.prompt_logprobs is None
+        """A device can sample it alone: nothing touches its logits before temperature, and nobody asks for more than
+        the log-probabilities of the sampled tokens."""
         self.priority = sampling.priority
         self.reserved = 0
         """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""

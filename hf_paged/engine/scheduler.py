@@ -128,6 +128,11 @@ class Scheduler:
         """Forgets all cached pages, and caches nothing that was computed before. Returns the pages forgotten."""
         return self.tree.clear()
 
+    def shrink(self) -> None:
+        """Halves what a step may hold; `recover` must follow."""
+        self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
+        self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
+
     def recover(self, requests: Iterable[Request]) -> None:
         """After a step that failed half way: the pool is made anew, and everything unfinished is queued with its
         tokens.

@@ -102,14 +102,8 @@ def inspect_model(model: nn.Module) -> ModelLayout:
     lm = causal_lm(model)
     device = next(lm.parameters()).device
     recorder = _Recorder(lm.config.get_text_config()._attn_implementation)
-    ids = torch.zeros(2, dtype=torch.long, device=device)
-    with (
-        trial(model),
-        torch.no_grad(),
-        evaluation_mode(lm),
-        interface.use_paged_attention(interface.attention_configs(lm), interface.PROBE),
-    ):
-        logits = forward(lm, ids, torch.arange(2, device=device), recorder, attention_mask=None)
+    with trial(model):
+        logits = _dry_forward(lm, recorder)
     if recorder.problem is not None:
         raise refuse(model, recorder.problem)
     if not recorder.layers:
@@ -126,6 +120,22 @@ def inspect_model(model: nn.Module) -> ModelLayout:
         max_model_len=_max_model_len(lm.config.get_text_config()),
         takes_logits_to_keep="logits_to_keep" in inspect.signature(lm.forward).parameters,
     )
+
+
+def dry_forward(lm: nn.Module) -> None:
+    """A forward of two tokens that touches no pages: for those who watch which modules are called with what."""
+    _dry_forward(lm, _Recorder(lm.config.get_text_config()._attn_implementation))  # type: ignore[operator, union-attr]
+
+
+def _dry_forward(lm: nn.Module, recorder: _Recorder) -> Tensor:
+    device = next(lm.parameters()).device
+    with (
+        torch.no_grad(),
+        evaluation_mode(lm),
+        interface.use_paged_attention(interface.attention_configs(lm), interface.PROBE),
+    ):
+        ids = torch.zeros(2, dtype=torch.long, device=device)
+        return forward(lm, ids, torch.arange(2, device=device), recorder, attention_mask=None)
 
 
 @contextmanager

@@ -2,75 +2,222 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import logging
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_paged.attention import interface
+from hf_paged.attention import interface, opaque
 from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
+from hf_paged.model.compile import CompiledLayers
 from hf_paged.model.cpu import fast_linear
+from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, forward
 
+logger = logging.getLogger(__name__)
 
-class _PagedStep:
-    """Rides along with one forward: finds the calling layer's pools and hands its rows to the backend."""
 
-    __slots__ = ("backend", "calls", "layers", "plan", "storage")
+class Attend(Protocol):
+    """Attention of one step: `AttentionBackend.run` with the step's plan, or `CapturedDecode.run`."""
 
-    def __init__(self, backend: AttentionBackend, plan: Any, storage: KVStorage, layers: dict[int, LayerSpec]) -> None:
-        self.backend, self.plan, self.storage, self.layers = backend, plan, storage, layers
-        self.calls = 0
+    def __call__(
+        self,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor: ...
+
+
+class _Step:
+    """The step that is being computed."""
+
+    attend: Attend | None = None
+    calls: int = 0
+    """Layers that attended so far."""
+
+
+class _Layer:
+    """One layer's pools, and the way from a call of the layer to the step that is being computed."""
+
+    __slots__ = ("__weakref__", "_spec", "_step", "key_pool", "value_pool")
+
+    def __init__(self, step: _Step, spec: LayerSpec, key_pool: Tensor, value_pool: Tensor) -> None:
+        self._step, self._spec = step, spec
+        self.key_pool, self.value_pool = key_pool, value_pool
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        step = self._step
+        assert step.attend is not None, "attention over pages outside a step"
+        step.calls += 1
+        return step.attend(self._spec, query, key, value, self.key_pool, self.value_pool, sinks)
+
+
+class _PagedForward:
+    """Rides along with each forward, and finds the calling layer's pools."""
+
+    def __init__(self, layers: dict[int, _Layer]) -> None:
+        self._layers = layers
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
     ) -> Tensor:
-        layer = self.layers[id(module)]
-        self.calls += 1
-        pools = self.storage.keys[layer.index], self.storage.values[layer.index]
-        return self.backend.run(self.plan, layer, query, key, value, *pools, options.get("s_aux"))
+        sinks = options.get("s_aux")
+        if torch.compiler.is_compiling():
+            # Nothing here may differ from layer to layer but tensors that are attributes of the module.
+            pools = module._hf_paged_keys, module._hf_paged_values
+            return torch.ops.hf_paged.attend(query, key, value, *pools, sinks)
+        return self._layers[id(module)].run(query, key, value, sinks)
 
 
 class ModelRunner:
     """Runs packed steps of one model over one storage.
 
-    The model is borrowed: outside `forward` its attention, its train/eval mode and its parameters are its own.
+    The model is borrowed: outside a forward of ours its attention, its train/eval mode, its layers and its parameters
+    are its own.
+
+    Args:
+        fused: linear layers to compute together.
+        compiled: layers to run compiled. Should compiling fail they run as they are, with a logged reason.
     """
 
-    def __init__(self, model: nn.Module, layout: ModelLayout, backend: AttentionBackend, storage: KVStorage) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ModelLayout,
+        backend: AttentionBackend,
+        storage: KVStorage,
+        *,
+        fused: FusedLinears | None = None,
+        compiled: CompiledLayers | None = None,
+    ) -> None:
         self.lm = causal_lm(model)
         self.layout = layout
         self.backend = backend
         self.storage = storage
+        self.fused = fused
+        self.compiled = compiled
+        self._step = _Step()
         self._configs = interface.attention_configs(self.lm)
+        self._layers = [
+            _Layer(self._step, spec, storage.keys[spec.index], storage.values[spec.index]) for spec in layout.layers
+        ]
+        for layer in self._layers:
+            opaque.bind(layer.key_pool, layer)
+        self._paged = _PagedForward(
+            {id(module): layer for module, layer in zip(layout.modules, self._layers, strict=True)}
+        )
+        self._mask = interface.packed_mask(layout.device)
 
-    @torch.no_grad()
-    def forward(self, inputs: StepInputs, copies: list[tuple[int, int]] | None = None) -> Tensor:
-        """Copies the pages named in `copies`, then computes the step.
+    def forward(self, inputs: StepInputs, previous: Tensor | None = None) -> Tensor:
+        """Computes one step from the host's arrays.
+
+        Args:
+            previous: int64 [S], the tokens that the step before sampled, where `inputs.sources` refers to them.
 
         Returns:
             logits `[R, V]` of `inputs.logit_rows`, in the model's dtype.
         """
-        device = self.layout.device
-        if copies:
-            self.storage.copy_pages(copies)
         plan = self.backend.plan(inputs.attention, self.layout.layers)
-        step = _PagedStep(self.backend, plan, self.storage, self.layout.by_module)
-        rows = torch.from_numpy(inputs.logit_rows).to(device, non_blocking=True)
-        options = {"logits_to_keep": rows} if self.layout.takes_logits_to_keep else {}
-        with evaluation_mode(self.lm), interface.use_paged_attention(self._configs), fast_linear(device):
-            logits = forward(
-                self.lm,
-                torch.from_numpy(inputs.token_ids).to(device, non_blocking=True),
-                torch.from_numpy(inputs.positions).to(device, non_blocking=True),
-                step,
-                attention_mask=interface.packed_mask(device),
-                **options,
-            )
-        if step.calls != len(self.layout.layers):
+        token_ids = self._upload(inputs.token_ids)
+        if inputs.sources is not None:
+            assert previous is not None
+            sources = self._upload(inputs.sources)
+            known = token_ids[: len(sources)]
+            # A token of -1 is one that could not be sampled; its sequence ends when that is seen.
+            known.copy_(torch.where(sources < 0, known, previous[sources.clamp(min=0)].clamp(min=0)))
+        return self.compute(
+            token_ids,
+            self._upload(inputs.positions),
+            functools.partial(self.backend.run, plan),
+            self._upload(inputs.logit_rows),
+        )
+
+    @torch.no_grad()
+    def compute(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Computes one packed forward of T rows, whose attention is `attend`.
+
+        Args:
+            token_ids, positions: int64 `[T]`.
+            rows: int64 `[R]`, the rows whose logits are wanted; None is all.
+
+        Returns:
+            logits `[R, V]`, in the model's dtype.
+        """
+        if self.compiled is not None:
+            try:
+                return self._compute(token_ids, positions, attend, rows)
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) or not _is_compilers(error):
+                    raise
+                logger.warning("the model's layers run uncompiled: compiling failed (%s)", _first_line(error))
+                self.compiled = None
+        return self._compute(token_ids, positions, attend, rows)
+
+    def _compute(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+        takes_rows = self.layout.takes_logits_to_keep
+        options: dict[str, Any] = {"logits_to_keep": 0 if rows is None else rows} if takes_rows else {}
+        self._step.attend, self._step.calls = attend, 0
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(evaluation_mode(self.lm))
+                stack.enter_context(interface.use_paged_attention(self._configs))
+                stack.enter_context(fast_linear(self.layout.device))
+                if self.fused is not None:
+                    stack.enter_context(self.fused.installed())
+                if self.compiled is not None:
+                    stack.enter_context(self._pools_on_modules())
+                    stack.enter_context(self.compiled.installed())
+                logits = forward(
+                    self.lm, token_ids, positions, self._paged, attention_mask=self._mask, **options
+                )  # fmt: skip
+        finally:
+            self._step.attend = None
+        if self._step.calls != len(self._layers):
             raise RuntimeError(
-                f"{step.calls} of the model's {len(self.layout.layers)} attention layers went through pages"
+                f"{self._step.calls} of the model's {len(self._layers)} attention layers went through pages"
             )
-        return logits if options else logits[rows]
+        return logits if takes_rows or rows is None else logits[rows]
+
+    def _pools_on_modules(self) -> ExitStack:
+        """Compiled layers find their pools as attributes of the attending modules, while a forward of ours runs."""
+        attributes = [module.__dict__ for module in self.layout.modules]
+        for own, layer in zip(attributes, self._layers, strict=True):
+            own["_hf_paged_keys"], own["_hf_paged_values"] = layer.key_pool, layer.value_pool
+        stack = ExitStack()
+        stack.callback(_take_pools_off, attributes)
+        return stack
+
+    def _upload(self, array: Any) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.layout.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.layout.device, non_blocking=True)
+
+
+def _take_pools_off(attributes: list[dict[str, Any]]) -> None:
+    for own in attributes:
+        own.pop("_hf_paged_keys", None)
+        own.pop("_hf_paged_values", None)
+
+
+def _is_compilers(error: BaseException) -> bool:
+    """Whether an exception comes from compiling, not from what was compiled."""
+    while True:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_paged.attention.backend import AttentionBackend, AttentionBatch, PrefillSpan
 from hf_paged.cache.storage import KVStorage
+from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, refuse, trial
 from hf_paged.model.runner import ModelRunner
@@ -29,7 +30,13 @@ on a rounding and throw off single rows. Correct models stay under 0.02; a lost 
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, layout: ModelLayout, backend: AttentionBackend) -> None:
+def check_model(
+    model: nn.Module,
+    layout: ModelLayout,
+    backend: AttentionBackend,
+    fused: FusedLinears | None = None,
+    kv_dtype: torch.dtype | None = None,
+) -> None:
     """Eight tokens in chunks, over pages of 4 tokens, against one stock forward of all of them.
 
     Raises:
@@ -39,9 +46,14 @@ def check_model(model: nn.Module, layout: ModelLayout, backend: AttentionBackend
     total, size = CHUNKS[-1][1], 4
     pages = np.array([1, 0], dtype=np.int32)
     storage = KVStorage(
-        layout.layers, len(pages), size, dtype=layout.kv_dtype, device=layout.device, layout=backend.layout
+        layout.layers,
+        len(pages),
+        size,
+        dtype=kv_dtype or layout.kv_dtype,
+        device=layout.device,
+        layout=backend.layout,
     )
-    runner = ModelRunner(model, layout, backend, storage)
+    runner = ModelRunner(model, layout, backend, storage, fused=fused)
     ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
     with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()

@@ -38,16 +38,22 @@ class WeightWatch:
         self._model = model
         self._signs: tuple[Any, ...] | None = None
         self._checksum: int | None = None
+        self._reader: tuple[tuple[Any, ...], Any] | None = None
+        """For weights on a GPU: the kernel that reads them, and the signs it was made for."""
         self._steps = _optimizer_steps.value
 
     def changed(self) -> bool:
         """Whether anything differs from the last call; True at the first. Reads all weights unless a cheap sign says
         it."""
         signs, steps = self._read_signs(), _optimizer_steps.value
-        checksum = self._read_checksum()
+        checksum = self._read_checksum(signs)
         same = signs == self._signs and checksum == self._checksum
         self._signs, self._checksum, self._steps = signs, checksum, steps
         return not same
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie now. What was captured or aliased holds only as long as this stays the same."""
+        return tuple(tensor.data_ptr() for tensor in self._tensors())
 
     def optimizer_stepped(self) -> bool:
         """Whether any optimizer in the process took a step since the last call of this or of `changed`. Costs
@@ -74,20 +80,34 @@ class WeightWatch:
         return tensors, adapters
 
     @torch.no_grad()
-    def _read_checksum(self) -> int:
-        """One number over the bits of all weights: word sums per block, weighted by where the block stands."""
-        totals: dict[torch.device, Tensor] = {}
-        for index, tensor in enumerate(self._tensors()):
-            data = tensor.detach().contiguous().view(-1)
-            if not data.numel():
-                continue
-            octets = data.view(torch.uint8) if data.dtype != torch.bool else data.to(torch.uint8)
-            whole = octets.numel() // (8 * BLOCK) * (8 * BLOCK)
-            sums = [octets[whole:].sum(dtype=torch.int64)[None]]
-            if whole:
-                sums.append(octets[:whole].view(torch.int64).view(-1, BLOCK).sum(1))
-            blocks = torch.cat(sums)
-            places = torch.arange(1, blocks.numel() + 1, device=blocks.device).mul_(2654435761).add_(index * 40503) | 1
-            total = (blocks * places).sum()
-            totals[blocks.device] = totals[blocks.device] * 31 + total if blocks.device in totals else total
-        return hash(tuple(int(total) for total in totals.values()))
+    def _read_checksum(self, signs: tuple[Any, ...]) -> int:
+        """One number over the bits of all weights."""
+        tensors = [tensor.detach() for tensor in self._tensors()]
+        if not any(tensor.is_cuda for tensor in tensors):
+            return _sum_blocks(tensors)
+        from hf_paged.kernels.triton.checksum import Checksum
+
+        taken = [Checksum.takes(tensor) for tensor in tensors]
+        if self._reader is None or self._reader[0] != signs:
+            self._reader = signs, Checksum([t for t, takes in zip(tensors, taken, strict=True) if takes])
+        rest = [t for t, takes in zip(tensors, taken, strict=True) if not takes]
+        return hash((self._reader[1].read(), _sum_blocks(rest)))
+
+
+def _sum_blocks(tensors: list[Tensor]) -> int:
+    """One number over the bits of tensors: word sums per block, weighted by where the block stands."""
+    totals: dict[torch.device, Tensor] = {}
+    for index, tensor in enumerate(tensors):
+        data = tensor.contiguous().view(-1)
+        if not data.numel():
+            continue
+        octets = data.view(torch.uint8) if data.dtype != torch.bool else data.to(torch.uint8)
+        whole = octets.numel() // (8 * BLOCK) * (8 * BLOCK)
+        sums = [octets[whole:].sum(dtype=torch.int64)[None]]
+        if whole:
+            sums.append(octets[:whole].view(torch.int64).view(-1, BLOCK).sum(1))
+        blocks = torch.cat(sums)
+        places = torch.arange(1, blocks.numel() + 1, device=blocks.device).mul_(2654435761).add_(index * 40503) | 1
+        total = (blocks * places).sum()
+        totals[blocks.device] = totals[blocks.device] * 31 + total if blocks.device in totals else total
+    return hash(tuple(int(total) for total in totals.values()))

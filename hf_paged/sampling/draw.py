@@ -22,26 +22,45 @@ TIES = 16
 """How many more tokens than top-k are looked at, for those that tie with the last one (common in half precision)."""
 
 
-def uniforms(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number in (0, 1) per row, a function of (seed, stream, position) alone.
-
-    Three rounds of the splitmix64 finaliser (Steele, Lea & Flood, OOPSLA 2014), one per key.
+def absorb(state: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """One round of a counter-based hash: the splitmix64 finaliser (Steele, Lea & Flood, OOPSLA 2014).
 
     Args:
-        seeds, streams, positions: uint64 [R]; the stream is the sample's index in its request.
+        state, key: uint64 [R]; the state of the rounds before (0 before the first), and what this round adds.
+
+    Returns:
+        uint64 [R]: the new state.
+    """
+    with np.errstate(over="ignore"):
+        state = (state ^ key) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def row_keys(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """64 bits per row that all of its noise comes from, a function of (seed, stream, position) alone.
+
+    Args:
+        seeds, streams, positions: uint64 [R]; the stream is the sample's index in its request, the position the number
+            of tokens that it has generated.
+
+    Returns:
+        uint64 [R].
+    """
+    return absorb(absorb(absorb(np.zeros(len(seeds), dtype=np.uint64), seeds), streams), positions)
+
+
+def uniforms(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One number in (0, 1) per row out of its `row_keys`.
+
+    Args:
+        seeds, streams, positions: uint64 [R].
 
     Returns:
         float64 [R].
     """
-    state = np.zeros(len(seeds), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for key in (seeds, streams, positions):
-            state = state ^ key
-            state = state + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return ((row_keys(seeds, streams, positions) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:

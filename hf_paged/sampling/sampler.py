@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_paged.engine.request import Sequence
 from hf_paged.sampling import processors
 from hf_paged.sampling.draw import draw, filter_logits, uniforms
+from hf_paged.sampling.fused import rows_of
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
 from hf_paged.sampling_params import GREEDY_BELOW
 
@@ -115,30 +116,65 @@ class Sampler:
 
     def _draw(self, scores: Tensor, sequences: list[Sequence]) -> tuple[list[int], Tensor]:
         """Tokens, and the scores they were drawn from, with filters shown where somebody will look."""
-        params = [sequence.request.sampling for sequence in sequences]
-        temperature = np.array([p.temperature for p in params])
+        temperature = np.array([sequence.request.sampling.temperature for sequence in sequences])
         random = np.flatnonzero(temperature >= GREEDY_BELOW)
         if not len(random):
             return scores.argmax(-1).tolist(), scores
+        shown = [row for row in random.tolist() if self._shows_scores(sequences[row])]
+        if self.device.type == "cuda":
+            tokens, filtered = self._draw_fused(scores, sequences, shown)
+        else:
+            tokens, filtered = self._draw_inverse(scores, sequences, random, shown)
+        if shown:
+            scores = scores.clone()
+            scores[shown] = filtered
+        return tokens.tolist(), scores
+
+    def _draw_inverse(
+        self, scores: Tensor, sequences: list[Sequence], random: np.ndarray, shown: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """By inverse CDF. Tokens of all rows, int64 `[R]`, and the filtered scores of those in `shown`."""
+        params = [sequence.request.sampling for sequence in sequences]
         tokens = scores.argmax(-1) if len(random) < len(params) else scores.new_empty(len(params), dtype=torch.int64)
-        where = torch.from_numpy(random).to(self.device)
-        heat = torch.from_numpy(temperature[random]).to(self.device, torch.float32)[:, None]
-        warm = (scores if len(random) == len(params) else scores[where]) / heat
+        warm = self._warm(scores, sequences, random.tolist())
         noise = uniforms(
             np.array([sequences[row].request.seed for row in random], dtype=np.uint64),
             np.array([sequences[row].index for row in random], dtype=np.uint64),
-            np.array([sequences[row].num_generated for row in random], dtype=np.uint64),
+            _positions([sequences[row] for row in random]).astype(np.uint64),
         )
         top_k = np.array([max(params[row].top_k, 0) for row in random])
         top_p = np.array([params[row].top_p for row in random])
         min_p = np.array([params[row].min_p for row in random])
+        where = torch.from_numpy(random).to(self.device)
         tokens[where] = draw(warm, torch.from_numpy(noise).to(self.device), top_k, top_p, min_p)
-        shown = [i for i, row in enumerate(random) if self._shows_scores(sequences[row])]
-        if shown:
-            scores = scores.clone()
-            for i in shown:
-                scores[random[i]] = filter_logits(warm[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
-        return tokens.tolist(), scores
+        filtered = self._warm(scores, sequences, shown)
+        for i, row in enumerate(shown):
+            p = params[row]
+            filtered[i] = filter_logits(filtered[i], max(p.top_k, 0), p.top_p, p.min_p)
+        return tokens, filtered
+
+    def _draw_fused(self, scores: Tensor, sequences: list[Sequence], shown: list[int]) -> tuple[Tensor, Tensor]:
+        """As `_draw_inverse`, by the kernel that decode steps in CUDA graphs use, so that a seed means the same."""
+        from hf_paged.kernels.triton.sampling import find_thresholds, sample_tokens
+
+        count = len(sequences)
+        rows = rows_of(sequences, _positions(sequences), self.device)
+        tokens = torch.empty(count, dtype=torch.int64, device=self.device)
+        logprobs = torch.empty(count, dtype=torch.float32, device=self.device)
+        ranks = torch.empty(count, dtype=torch.int32, device=self.device)
+        sample_tokens(scores, rows, tokens=tokens, logprobs=logprobs, ranks=ranks)
+        filtered = self._warm(scores, sequences, shown)
+        if shown:  # by the thresholds of the draw itself: ties at the end of top-p all stay
+            index = torch.tensor(shown, device=self.device)
+            forbidden = scores[index] < find_thresholds(scores, rows)[index, None]
+            filtered.masked_fill_(forbidden, -torch.inf)
+        return tokens, filtered
+
+    def _warm(self, scores: Tensor, sequences: list[Sequence], rows: list[int]) -> Tensor:
+        """float32 `[len(rows), V]`: these rows' scores divided by their temperatures."""
+        chosen = scores if len(rows) == len(sequences) else scores[rows]
+        temperature = [sequences[row].request.sampling.temperature for row in rows]
+        return chosen / torch.tensor(temperature, dtype=torch.float32, device=self.device)[:, None]
 
     def _shows_scores(self, sequence: Sequence) -> bool:
         hooks = sequence.request.hooks
@@ -169,3 +205,8 @@ class Sampler:
             for row, entry in zip(wanted, found, strict=True):
                 report[row] = entry
         return report
+
+
+def _positions(sequences: list[Sequence]) -> np.ndarray:
+    """int64 [R]: how many tokens precede the one to draw, those on their way included."""
+    return np.array([sequence.num_generated + sequence.num_pending for sequence in sequences], dtype=np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.executor import StepResult
+from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.intake import Intake
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
@@ -36,7 +36,7 @@ def fake_token(prompt: list[int], index: int, position: int) -> int:
     return (31 * sum(prompt) + 7 * prompt[0] + 17 * len(prompt) + 13 * index + 5 * position) % VOCAB
 
 
-class FakeExecutor:
+class FakeExecutor(Executor):
     """Tokens as a function of the prompt, the sample's index and the position; looks at no page."""
 
     def __init__(self, lookahead: bool = False) -> None:
@@ -51,7 +51,9 @@ class FakeExecutor:
         return self.lookahead
 
     def execute(self, batch: Batch) -> StepResult:
-        return StepResult([fake_token(s.request.prompt_token_ids, s.index, s.num_generated + s.num_pending) for s in batch.sampled()])
+        return StepResult(
+            [fake_token(s.request.prompt_token_ids, s.index, s.num_generated + s.num_pending) for s in batch.sampled()]
+        )
 
     def expected(self, prompt: list[int], index: int, max_tokens: int) -> list[int]:
         """What a sample generates, its end-of-sequence token included."""
@@ -59,12 +61,6 @@ class FakeExecutor:
         while len(tokens) < max_tokens and EOS not in tokens[-1:]:
             tokens.append(fake_token(prompt, index, len(tokens)))
         return tokens
-
-    def weights_changed(self) -> bool:
-        return False
-
-    def optimizer_stepped(self) -> bool:
-        return False
 
     def wipe(self, pages: list[int]) -> None:
         self.wiped.append(pages)

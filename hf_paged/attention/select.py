@@ -1,0 +1,60 @@
+"""Which attention backend a model gets."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+
+from hf_paged.attention.backend import AttentionBackend, LayerSpec
+from hf_paged.attention.torch_backend import TorchBackend
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, layers: list[LayerSpec]
+) -> AttentionBackend:
+    """The backend of that name; "auto" takes the fastest that can be had: on a GPU FlashInfer where it is installed
+    and serves the layers, else Triton; plain torch elsewhere.
+
+    Args:
+        dtype, kv_dtype: of the model's keys as computed, and as stored.
+
+    Raises:
+        ImportError: a backend was named whose package is not installed.
+        ValueError: a backend was named that cannot run on the device, or the pool's dtype needs another one.
+    """
+    if name == "auto" and device.type != "cuda":
+        name = "torch"
+    if name == "torch":
+        if kv_dtype != dtype:
+            raise ValueError(
+                f"an FP8 KV cache needs a GPU and attention_backend 'flashinfer' or 'triton', not {name!r}"
+            )
+        return TorchBackend(device)
+    if device.type != "cuda":
+        raise ValueError(f"attention_backend={name!r} needs a CUDA device; the model is on {device}")
+    if name == "flashinfer" and not _installed("flashinfer"):
+        raise ImportError("attention_backend='flashinfer' needs FlashInfer: pip install 'hf_paged[cuda]'")
+    if not _installed("triton"):
+        if name == "triton":
+            raise ImportError("attention_backend='triton' needs Triton, which torch's CUDA builds bring along")
+        logger.warning("Triton is not installed: attention runs in plain torch, without CUDA graphs, many times slower")
+        return TorchBackend(device)
+    if name in ("auto", "flashinfer") and _installed("flashinfer") and dtype != torch.float32:
+        from hf_paged.attention.flashinfer_backend import FlashInferBackend
+
+        backend = FlashInferBackend(device, dtype, kv_dtype, layers)
+        if backend.serves_any() or name == "flashinfer":
+            return backend
+    elif name == "auto" and dtype != torch.float32:
+        logger.info("FlashInfer is not installed (pip install 'hf_paged[cuda]'): attention runs on Triton kernels")
+    from hf_paged.attention.triton_backend import TritonBackend
+
+    return TritonBackend(device)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,152 @@
+"""Attention over pages by the project's own Triton kernels: one appends, one decodes, one prefills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout
+from hf_paged.kernels.triton.append import append_kv
+from hf_paged.kernels.triton.paged_decode import paged_decode
+from hf_paged.kernels.triton.paged_prefill import make_tiles, paged_prefill, rows_per_tile
+
+
+@dataclass(frozen=True, slots=True)
+class TritonPlan:
+    """A step's numbers on the device."""
+
+    num_decodes: int
+    write_rows: Tensor
+    """int64 [T]: where each row's key and value go, in a pool seen as `[pages * page, ...]`."""
+    slots: Tensor
+    """int32 [B]: 0, 1, ..., the decode rows' rows of `decode_pages`."""
+    lengths: Tensor
+    """int32 [B]."""
+    decode_pages: Tensor
+    """int32 [B, most pages]."""
+    span_pages: Tensor
+    """int32 [spans, most pages]."""
+    tiles: dict[int, Tensor]
+    """By rows per tile: int32 [tiles, 4], of all spans."""
+
+
+class TritonBackend:
+    """See the module's docstring. Needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1) on a CPU."""
+
+    layout: Layout = "NHD"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def plan(self, batch: AttentionBatch, layers: list[LayerSpec]) -> TritonPlan:
+        heights = sorted({_rows_per_tile(layer) for layer in layers}) if batch.spans else []
+        spans = [(span.row, span.length, span.context) for span in batch.spans]
+        span_pages = np.zeros((len(spans), max((len(span.pages) for span in batch.spans), default=0)), dtype=np.int32)
+        for row, span in enumerate(batch.spans):
+            span_pages[row, : len(span.pages)] = span.pages
+        rows, slots, lengths, decode_pages, pages, *tiles = upload(
+            [
+                batch.write_pages * batch.page_size + batch.write_offsets,
+                np.arange(batch.num_decodes, dtype=np.int32),
+                batch.decode_lengths.astype(np.int32),
+                batch.decode_pages,
+                span_pages,
+                *(make_tiles(spans, height) for height in heights),
+            ],
+            self.device,
+        )
+        by_height = dict(zip(heights, tiles, strict=True))
+        return TritonPlan(batch.num_decodes, rows, slots, lengths, decode_pages, pages, by_height)
+
+    def run(
+        self,
+        plan: TritonPlan,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        _append(layer, key, value, key_pool, value_pool, plan.write_rows)
+        out = query.new_empty(query.shape[0], layer.num_heads, layer.value_dim)
+        pools, options, count = (key_pool, value_pool), _options(layer, sinks), plan.num_decodes
+        if count:
+            tables = plan.decode_pages, plan.slots, plan.lengths
+            paged_decode(query[:count], *pools, *tables, **options, out=out[:count])
+        if plan.tiles:
+            rows = _rows_per_tile(layer)
+            paged_prefill(query, *pools, plan.span_pages, plan.tiles[rows], rows=rows, **options, out=out)
+        return out
+
+    def capture_decode(self, buffers: DecodeBuffers, layers: list[LayerSpec]) -> TritonCapturedDecode:
+        return TritonCapturedDecode(buffers)
+
+
+class TritonCapturedDecode:
+    """Decode attention over one set of buffers. The kernels read all they need from these on the device."""
+
+    def __init__(self, buffers: DecodeBuffers) -> None:
+        self._buffers = buffers
+
+    def plan(self, page_indptr: np.ndarray, last_page_lengths: np.ndarray) -> None:
+        pass
+
+    def run(
+        self,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        buffers = self._buffers
+        _append(layer, key, value, key_pool, value_pool, buffers.write_rows)
+        tables = buffers.block_table, buffers.slots, buffers.lengths
+        return paged_decode(query, key_pool, value_pool, *tables, **_options(layer, sinks))
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays on the device, by one copy which the host does not wait for.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    """
+    dtypes = [torch.from_numpy(array[:0]).dtype for array in arrays]
+    ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
+    begins = [0, *ends[:-1]]
+    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for begin, array in zip(begins, arrays, strict=True):
+        packed.numpy()[begin : begin + array.nbytes].view(array.dtype)[:] = array.ravel()
+    packed = packed.to(device, non_blocking=True)
+    return [
+        packed[begin : begin + array.nbytes].view(dtype).view(array.shape)
+        for begin, array, dtype in zip(begins, arrays, dtypes, strict=True)
+    ]
+
+
+def _rows_per_tile(layer: LayerSpec) -> int:
+    return rows_per_tile(layer.num_heads // layer.num_kv_heads)
+
+
+def _append(layer: LayerSpec, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, rows: Tensor) -> None:
+    append_kv(key, value, key_pool, value_pool, rows, key_scale=layer.key_scale, value_scale=layer.value_scale)
+
+
+def _options(layer: LayerSpec, sinks: Tensor | None) -> dict[str, Any]:
+    """What both attention kernels are told of a layer."""
+    return {
+        "scaling": layer.scaling,
+        "window": layer.window,
+        "softcap": layer.softcap,
+        "sinks": sinks,
+        "key_scale": layer.key_scale,
+        "value_scale": layer.value_scale,
+    }

@@ -1,0 +1,260 @@
+"""ModelExecutor: computes batches with a transformers model. Puts the rooms `model`, `attention` and `sampling` to
+work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_paged.attention.select import choose_backend
+from hf_paged.cache.storage import KVStorage, choose_num_pages
+from hf_paged.config import EngineConfig
+from hf_paged.engine.batch import Batch, Chunk
+from hf_paged.engine.executor import Executor, StepResult
+from hf_paged.engine.request import Request, Sequence
+from hf_paged.model.compile import CompiledLayers, decoder_layers
+from hf_paged.model.fuse import FusedLinears, find_groups
+from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
+from hf_paged.model.inputs import InputBuilder, StepInputs
+from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
+from hf_paged.model.memory import measure_activations
+from hf_paged.model.runner import ModelRunner
+from hf_paged.model.selfcheck import check_model
+from hf_paged.model.weights import WeightWatch
+from hf_paged.sampling.device import DeviceSampler, Landing
+from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
+from hf_paged.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+CPU_PAGE_SIZE, GPU_PAGE_SIZE = 32, 16
+CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 8192
+
+
+class ModelExecutor(Executor):
+    """A transformers model, its page storage, and a sampler.
+
+    On a GPU a step is only enqueued by `launch`: tokens are sampled on the device, where the next step finds them, and
+    steps of decodes alone are CUDA graphs. Requests that need the host to sample (a penalty, a processor, ...) are
+    sampled before `launch` returns.
+
+    Raises:
+        UnsupportedModelError: the model cannot be paged.
+        ValueError: the memory for the pool does not hold a page, or max_model_len exceeds what the model can do.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig) -> None:
+        start = time.monotonic()
+        self._model, self._lm, self._config = model, causal_lm(model), config
+        self.layout = layout = inspect_model(model)
+        device = layout.device
+        on_gpu = device.type == "cuda"
+        self.max_model_len = config.max_model_len or layout.max_model_len
+        if self.max_model_len > layout.max_model_len:
+            raise ValueError(
+                f"max_model_len ({self.max_model_len}) exceeds the model's own limit of {layout.max_model_len}"
+            )
+        self.page_size = config.page_size or (GPU_PAGE_SIZE if on_gpu else CPU_PAGE_SIZE)
+        self.max_num_batched_tokens = config.max_num_batched_tokens or max(
+            GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET, config.max_num_seqs
+        )
+        self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
+        self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
+        self._fused = self._fuse() if config.fuse_linear or (config.fuse_linear is None and on_gpu) else None
+        check_model(model, layout, self._backend, self._fused, self._kv_dtype)
+        self._compiled: CompiledLayers | None = None
+        if config.compile == "layers" or (config.compile is None and on_gpu):
+            self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
+        self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
+
+        activations = 0
+        if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
+            activations = measure_activations(
+                model, layout, self._backend, self.max_num_batched_tokens, config.max_num_seqs
+            )
+        self.num_pages = choose_num_pages(
+            config, layout.layers, self.page_size, self._kv_dtype, device, self.max_model_len, activations
+        )
+        self._max_pages = -(-self.max_model_len // self.page_size) + 1
+        self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
+        processed = config.logprobs_mode == "processed_logprobs"
+        self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=processed)
+        self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
+        self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+        self._watch = WeightWatch(self._lm)
+        self._addresses = self._watch.addresses()
+        self._previous: Tensor | None = None
+        """int64, the tokens that the last launched step sampled, on the device."""
+        self._allocate()
+        logger.info("engine ready in %.1f s", time.monotonic() - start)
+
+    def _fuse(self) -> FusedLinears | None:
+        groups = find_groups(self._lm, lambda: dry_forward(self._lm))
+        return FusedLinears(groups) if groups else None
+
+    def _allocate(self) -> None:
+        """The pools, and what is bound to their addresses."""
+        layout = self.layout
+        self.storage: KVStorage | None = KVStorage(
+            layout.layers,
+            self.num_pages,
+            self.page_size,
+            dtype=self._kv_dtype,
+            device=layout.device,
+            layout=self._backend.layout,
+        )
+        self._runner = ModelRunner(
+            self._model, layout, self._backend, self.storage, fused=self._fused, compiled=self._compiled
+        )
+        self._new_graphs()
+
+    def _new_graphs(self) -> None:
+        self._graphs: DecodeGraphs | None = None
+        if self._captures:
+            self._graphs = DecodeGraphs(
+                self._runner, self._backend, self._config.max_num_seqs, self._max_pages, self.page_size  # type: ignore[arg-type]
+            )  # fmt: skip
+
+    # ---- steps ---------------------------------------------------------------------------------------------
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        if batch.copies:
+            assert self.storage is not None
+            self.storage.copy_pages(batch.copies)
+        writes = self._inputs.write_pages(batch)
+        if self._graphs is not None:
+            if writes is not None:
+                self._graphs.write_pages(writes, self._inputs.block_table)
+            if not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes):
+                try:
+                    return self._replay(self._graphs, batch)
+                except CaptureFailed as error:
+                    logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
+                    self._captures, self._graphs = False, None
+        return self._compute(batch)
+
+    def looks_ahead(self, request: Request) -> bool:
+        return self._looks_ahead and self._samples_alone(request)
+
+    def _samples_alone(self, request: Request) -> bool:
+        wants_processed = self._config.logprobs_mode == "processed_logprobs" and request.sampling.logprobs is not None
+        return request.fused and not wants_processed
+
+    def _all_alone(self, sequences: list[Sequence]) -> bool:
+        return all(self._samples_alone(sequence.request) for sequence in sequences)
+
+    def _replay(self, graphs: DecodeGraphs, batch: Batch) -> Callable[[], StepResult]:
+        graphs.prepare(len(batch.decodes))
+        sources = self._inputs.sources(batch)
+        if sources is not None and self._previous is not graphs.tokens:
+            # The step before ran without a graph: its tokens go to where graphs look for them.
+            assert self._previous is not None
+            pending = sources >= 0
+            chosen = self._previous[torch.from_numpy(sources[pending]).to(self.layout.device)]
+            graphs.tokens[: len(chosen)] = chosen
+            sources[pending] = np.arange(len(chosen))
+        assert self._device_sampler is not None
+        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params)
+        self._previous = graphs.tokens
+        return lambda: _result(landing, batch.decodes)
+
+    def _compute(self, batch: Batch) -> Callable[[], StepResult]:
+        inputs = self._inputs.build(batch)
+        logits = self._runner.forward(inputs, self._previous)
+        sequences = batch.sampled()
+        prompt_logprobs = self._prompt_logprobs(batch, inputs, logits)
+        if inputs.sample_rows != list(range(len(logits))):
+            logits = logits[torch.tensor(inputs.sample_rows, device=logits.device)]
+        if sequences and self._device_sampler is not None and self._all_alone(sequences):
+            landing = self._device_sampler.sample(logits, sequences)
+            self._previous = landing.tokens_on_device
+            return lambda: _result(landing, sequences)
+        if not sequences:
+            result = StepResult([], prompt_logprobs=prompt_logprobs)
+        else:
+            sampled = self._sampler.sample(logits, sequences)
+            result = StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs)
+        self._previous = torch.tensor(result.tokens, dtype=torch.int64, device=self.layout.device)
+        return lambda: result
+
+    def _prompt_logprobs(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> list[list[TokenLogprobs]] | None:
+        if not any(first < end for first, end in inputs.prompt_rows):
+            return None
+        return [
+            _prompt_logprobs(chunk, logits[first:end])
+            for chunk, (first, end) in zip(batch.chunks, inputs.prompt_rows, strict=True)
+        ]
+
+    def warm_up(self) -> None:
+        if self._graphs is None:
+            return
+        try:
+            for size in self._graphs.sizes:
+                self._graphs.prepare(size)
+        except CaptureFailed as error:
+            logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
+            self._captures, self._graphs = False, None
+
+    # ---- weights and memory --------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        if self.storage is None:
+            self.wake_up()
+        addresses = self._watch.addresses()
+        if addresses == self._addresses:
+            return
+        if self._fused is not None and not self._fused.intact():
+            logger.info("parameters moved: linear layers are fused anew")
+            self._fused.release()
+            self._fused = self._runner.fused = self._fuse()
+        self._addresses = self._watch.addresses()
+        self._new_graphs()
+
+    def weights_changed(self) -> bool:
+        return self._watch.changed()
+
+    def optimizer_stepped(self) -> bool:
+        return self._watch.optimizer_stepped()
+
+    def wipe(self, pages: list[int]) -> None:
+        if self.storage is not None:
+            self.storage.zero_pages(pages)
+
+    def outdated(self) -> bool:
+        """Whether the model moved, or layers were replaced, so that everything here must be made anew."""
+        return structure(self._lm, self.layout.modules) != self.layout.structure
+
+    def sleep(self) -> None:
+        self.storage = self._graphs = self._previous = None
+        del self._runner
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize(self.layout.device)
+            torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        if self.storage is None:
+            self._allocate()
+
+    def close(self) -> None:
+        """Leaves the model as it was found."""
+        if self._fused is not None:
+            self._fused.release()
+
+
+def _result(landing: Landing, sequences: list[Sequence]) -> StepResult:
+    sampled = landing.wait(sequences)
+    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors)
+
+
+def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> list[TokenLogprobs]:
+    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+    following = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, sequence.num_prompt)]
+    if not len(logits) or not following:
+        return []
+    counts = [sampling.prompt_logprobs or 0] * len(following)
+    return token_logprobs(logits[: len(following)].float(), following, counts)

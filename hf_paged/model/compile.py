@@ -1,0 +1,68 @@
+"""Decoder layers compiled one by one: identical layers share one compiled program, so that compiling costs seconds.
+
+The compiled calls stand in only within a forward of ours. Outside it the layers run as their authors wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_CALL = "_compiled_call_impl"
+"""Where `nn.Module.__call__` looks for a compiled version of the module's call."""
+
+
+def decoder_layers(lm: nn.Module, attending: list[nn.Module]) -> list[nn.Module]:
+    """The elements of the model's list of layers that the attending modules are in, or are, in order."""
+    names = {id(module): name for name, module in lm.named_modules()}
+    modules = dict(lm.named_modules())
+    found: dict[int, nn.Module] = {}
+    for module in attending:
+        path = names[id(module)].split(".")
+        for end in range(len(path), 0, -1):
+            layer = modules[".".join(path[:end])]
+            if isinstance(modules[".".join(path[: end - 1])], nn.ModuleList):
+                found[id(layer)] = layer
+                break
+    return list(found.values())
+
+
+class CompiledLayers:
+    """The layers' compiled calls. Compiling happens at the first forward, for whatever shapes may come.
+
+    Args:
+        layers: modules whose inputs are packed rows `[1, T, hidden]`; T stays symbolic.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._layers = layers
+        self._calls = [_only_paged(layer) for layer in layers]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within it the layers' calls are the compiled ones."""
+        before = [layer.__dict__.get(_CALL) for layer in self._layers]
+        try:
+            for layer, call in zip(self._layers, self._calls, strict=True):
+                layer.__dict__[_CALL] = call
+            yield
+        finally:
+            for layer, own in zip(self._layers, before, strict=True):
+                if own is None:
+                    layer.__dict__.pop(_CALL, None)
+                else:
+                    layer.__dict__[_CALL] = own
+
+
+def _only_paged(layer: nn.Module) -> Callable[..., Any]:
+    compiled = torch.compile(layer._call_impl, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Another thread may train the model meanwhile: its forward is not ours to compile.
+        return (layer._call_impl if kwargs.get("paged") is None else compiled)(*args, **kwargs)
+
+    return call

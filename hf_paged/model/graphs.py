@@ -1,0 +1,216 @@
+"""Decode steps as CUDA graphs: the whole step, from token ids to sampled tokens, is one launch.
+
+A graph is captured for each of a ladder of batch sizes when it is first needed; a batch runs in the smallest graph that
+holds it, its other rows being padding. Decode is bound by memory, so padding costs little, and a sparse ladder keeps
+captures few. All graphs share one memory pool and one set of input and output buffers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.attention.backend import CapturableBackend, CapturedDecode, DecodeBuffers
+from hf_paged.engine.request import Sequence
+from hf_paged.model.buffers import PackedBuffer
+from hf_paged.model.runner import ModelRunner
+from hf_paged.sampling.device import Landing, SlotParams, parameter_fields, record, result_fields, sampling_rows
+
+logger = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Batch sizes to capture; beyond the last, steps run without a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    attention: CapturedDecode
+
+
+class CaptureFailed(RuntimeError):
+    """The model does something in its forward that cannot be captured."""
+
+
+class DecodeGraphs:
+    """Captures and replays decode steps of one runner.
+
+    Args:
+        backend: whose attention is captured.
+        max_num_seqs, max_pages: the block table's shape.
+        page_size: tokens per page.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, backend: CapturableBackend, max_num_seqs: int, max_pages: int, page_size: int
+    ) -> None:
+        from hf_paged.kernels.triton.prepare import prepare_decode, write_block_table
+        from hf_paged.kernels.triton.sampling import sample_tokens
+
+        self._prepare, self._sample, self._write_table = prepare_decode, sample_tokens, write_block_table
+        self._runner, self._backend, self._page_size = runner, backend, page_size
+        self._device = device = runner.layout.device
+        self.sizes = [size for size in SIZES if size < max_num_seqs] + [min(max_num_seqs, SIZES[-1])]
+        rows = self.sizes[-1]
+        self._spare_slot = max_num_seqs
+        """A row of the block table that nobody has: padding's, all page 0."""
+        self.block_table = torch.zeros(max_num_seqs + 1, max_pages, dtype=torch.int32, device=device)
+        int32 = dict.fromkeys(("token_ids", "sources", "slots", "lengths", "last_page_lengths"), (torch.int32, rows))
+        self._inputs = PackedBuffer({**int32, "page_indptr": (torch.int32, rows + 1), **parameter_fields(rows)}, device)
+        self._outputs = PackedBuffer(result_fields(rows), device)
+        self._input_ids, self._positions, self._write_rows = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self._page_indices = torch.zeros(rows * max_pages, dtype=torch.int32, device=device)
+        self._captured: dict[int, _Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 `[rows]`, what the last replay sampled; the next one may read its tokens from here."""
+        return self._outputs.device["tokens"]
+
+    def holds(self, count: int) -> bool:
+        """Whether there is a size for so many rows."""
+        return 0 < count <= self.sizes[-1]
+
+    # ---- replay --------------------------------------------------------------------------------------------
+
+    def write_pages(self, writes: np.ndarray, block_table: np.ndarray) -> None:
+        """Enters changes of the block table, int64 [W, 3] (slot, place in the row, page), which the host's has already.
+
+        A place that is written twice takes what the host's table says now.
+        """
+        triples = np.empty(writes.shape, dtype=np.int32)
+        triples[:, :2] = writes[:, :2]
+        triples[:, 2] = block_table[writes[:, 0], writes[:, 1]]
+        device = torch.from_numpy(triples).pin_memory().to(self._device, non_blocking=True)
+        self._write_table(device, self.block_table)
+
+    def prepare(self, count: int) -> None:
+        """Captures the graph for so many rows, if that has not been done.
+
+        Raises:
+            CaptureFailed: see there.
+        """
+        size = self._size(count)
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
+
+    def launch(self, sequences: list[Sequence], sources: np.ndarray | None, params: SlotParams) -> Landing:
+        """Enqueues one step of decodes, whose graph was prepared.
+
+        Args:
+            sources: as in `StepInputs`, referring to `tokens`.
+
+        Returns:
+            the tokens to come; they are overwritten two launches later.
+        """
+        size = self._size(len(sequences))
+        captured = self._captured[size]
+        arrays = self._inputs.next()
+        self._fill(arrays, sequences, sources, size)
+        params.fill(arrays, sequences)
+        self._inputs.upload()
+        captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
+        captured.graph.replay()
+        host = self._outputs.next()
+        self._outputs.download()
+        return Landing(host, record(), self.tokens)
+
+    def _size(self, count: int) -> int:
+        return self.sizes[bisect.bisect_left(self.sizes, count)]
+
+    def _fill(
+        self,
+        arrays: dict[str, np.ndarray],
+        sequences: list[Sequence],
+        sources: np.ndarray | None,
+        size: int,
+    ) -> None:
+        """Everything but the sampling parameters; a padding row's are whatever stood there."""
+        count = len(sequences)
+        slots, lengths, tokens = arrays["slots"], arrays["lengths"], arrays["token_ids"]
+        slots[:count] = [sequence.slot for sequence in sequences]
+        lengths[:count] = [sequence.num_computed + 1 for sequence in sequences]
+        tokens[:count] = [sequence.tokens[-1] for sequence in sequences]
+        arrays["sources"][:count] = -1 if sources is None else sources
+        arrays["sources"][count:size] = -2
+        slots[count:size], lengths[count:size], tokens[count:size] = self._spare_slot, 1, 0
+        pages = -(-lengths[:size] // self._page_size)
+        arrays["last_page_lengths"][:size] = lengths[:size] - (pages - 1) * self._page_size
+        arrays["page_indptr"][0] = 0
+        np.cumsum(pages, out=arrays["page_indptr"][1 : size + 1])
+
+    # ---- capture -------------------------------------------------------------------------------------------
+
+    def _capture(self, size: int) -> _Captured:
+        start = time.monotonic()
+        buffers = self._buffers(size)
+        attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
+        arrays = self._inputs.next()
+        self._fill(arrays, [], None, size)
+        self._inputs.upload()
+        attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
+        try:
+            self._step(size, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
+            torch.cuda.current_stream().synchronize()
+            graph = torch.cuda.CUDAGraph()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                # Other threads (a data loader, say) may use the device meanwhile.
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    self._step(size, buffers, attention)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(self._stream)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise CaptureFailed(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
+        return _Captured(graph, attention)
+
+    def _buffers(self, size: int) -> DecodeBuffers:
+        device = self._inputs.device
+        return DecodeBuffers(
+            page_size=self._page_size,
+            slots=device["slots"][:size],
+            lengths=device["lengths"][:size],
+            write_rows=self._write_rows[:size],
+            block_table=self.block_table,
+            page_indptr=device["page_indptr"][: size + 1],
+            page_indices=self._page_indices,
+            last_page_lengths=device["last_page_lengths"][:size],
+        )
+
+    def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:
+        device, results = self._inputs.device, self._outputs.device
+        self._prepare(
+            device["token_ids"][:size],
+            device["sources"][:size],
+            results["tokens"],
+            buffers.slots,
+            buffers.lengths,
+            buffers.page_indptr,
+            self.block_table,
+            self._page_size,
+            input_ids=self._input_ids[:size],
+            positions=self._positions[:size],
+            write_rows=buffers.write_rows,
+            page_indices=self._page_indices,
+        )
+        logits = self._runner.compute(self._input_ids[:size], self._positions[:size], attention.run)
+        self._sample(
+            logits,
+            sampling_rows(device, size),
+            **{name: result[:size] for name, result in results.items()},
+        )

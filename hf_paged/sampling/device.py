@@ -1,0 +1,172 @@
+"""Sampling on a GPU without waiting for it: parameters up, tokens down, and the draw between them on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.engine.request import Sequence
+from hf_paged.model.buffers import PackedBuffer, numpy_dtype
+from hf_paged.sampling.draw import row_keys
+from hf_paged.sampling.fused import SamplingRows
+from hf_paged.sampling.logprobs import TokenLogprobs
+from hf_paged.sampling.sampler import NonFiniteLogits, Sampled
+
+_PARAMETERS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "keys": torch.int64,
+    "wants_logprob": torch.int32,
+}
+_RESULTS = {"tokens": torch.int64, "logprobs": torch.float32, "ranks": torch.int32}
+
+
+def parameter_fields(rows: int) -> dict[str, tuple[torch.dtype, int]]:
+    """What of a `PackedBuffer` holds the sampling parameters of so many rows."""
+    return {name: (dtype, rows) for name, dtype in _PARAMETERS.items()}
+
+
+def result_fields(rows: int) -> dict[str, tuple[torch.dtype, int]]:
+    """What of a `PackedBuffer` holds the results."""
+    return {name: (dtype, rows) for name, dtype in _RESULTS.items()}
+
+
+def sampling_rows(device: dict[str, Tensor], count: int) -> SamplingRows:
+    """The first `count` rows of the parameters in a buffer."""
+    return SamplingRows(**{name: device[name][:count] for name in _PARAMETERS})
+
+
+class SlotParams:
+    """What requests ask of the draw, in tables by slot, so that a step gathers it instead of asking every request.
+
+    A slot's entry is made when another sequence is first seen in it.
+
+    Args:
+        max_num_seqs: slots.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._owners: list[Sequence | None] = [None] * max_num_seqs
+        self._tables = {
+            name: np.zeros(max_num_seqs, dtype=numpy_dtype(dtype))
+            for name, dtype in _PARAMETERS.items()
+            if name != "keys"
+        }
+        self._seeds, self._streams = (np.zeros(max_num_seqs, dtype=np.uint64) for _ in range(2))
+
+    def fill(self, arrays: dict[str, np.ndarray], sequences: list[Sequence]) -> None:
+        """Writes one row of parameters per sequence: its request's, and the key of its next token's noise."""
+        count, owners = len(sequences), self._owners
+        slots = [sequence.slot for sequence in sequences]
+        for sequence, slot in zip(sequences, slots, strict=True):
+            if owners[slot] is not sequence and slot >= 0:
+                self._enter(sequence, slot)
+        where = np.array(slots, dtype=np.int64)
+        for name, table in self._tables.items():
+            arrays[name][:count] = table[where]
+        seeds, streams = self._seeds[where], self._streams[where]
+        for row in np.flatnonzero(where < 0):  # samples that wait for a slot
+            for name, value in _parameters(sequences[row]).items():
+                arrays[name][row] = value
+            seeds[row], streams[row] = sequences[row].request.seed, sequences[row].index
+        positions = np.array([s.num_generated + s.num_pending for s in sequences], dtype=np.uint64)
+        arrays["keys"][:count] = row_keys(seeds, streams, positions).view(np.int64)
+
+    def _enter(self, sequence: Sequence, slot: int) -> None:
+        self._owners[slot] = sequence
+        for name, value in _parameters(sequence).items():
+            self._tables[name][slot] = value
+        self._seeds[slot], self._streams[slot] = sequence.request.seed, sequence.index
+
+
+def _parameters(sequence: Sequence) -> dict[str, float]:
+    params = sequence.request.sampling
+    return {
+        "temperature": 0.0 if params.greedy else params.temperature,
+        "top_k": max(params.top_k, 0),
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "wants_logprob": params.logprobs is not None,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Sampled tokens on their way to the host."""
+
+    results: dict[str, np.ndarray]
+    landed: torch.cuda.Event
+    tokens_on_device: Tensor
+    """int64, in the order of the sequences."""
+
+    def wait(self, sequences: list[Sequence]) -> Sampled:
+        """Waits for them, and says which rows could not be sampled."""
+        self.landed.synchronize()
+        count = len(sequences)
+        tokens = self.results["tokens"][:count]
+        errors: dict[int, Exception] = {
+            int(row): NonFiniteLogits(
+                f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
+                f"{sequences[row].num_generated} tokens, its logits are not finite"
+            )
+            for row in np.flatnonzero(tokens < 0)
+        }
+        logprobs: list[TokenLogprobs | None] = [None] * count
+        if any(sequence.request.sampling.logprobs is not None for sequence in sequences):
+            values, ranks = self.results["logprobs"][:count].tolist(), self.results["ranks"][:count].tolist()
+            logprobs = [
+                TokenLogprobs([token], [value], rank) if sequence.request.sampling.logprobs is not None else None
+                for sequence, token, value, rank in zip(sequences, tokens.tolist(), values, ranks, strict=True)
+            ]
+        return Sampled(tokens.tolist(), logprobs, errors)
+
+
+class DeviceSampler:
+    """Samples steps that run without a graph.
+
+    Args:
+        max_num_seqs: sequences that run at once.
+    """
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self._device = device
+        self.params = SlotParams(max_num_seqs)
+        self._make_buffers(max_num_seqs)
+
+    def _make_buffers(self, rows: int) -> None:
+        self._rows = rows
+        self._inputs = PackedBuffer(parameter_fields(rows), self._device)
+        self._outputs = PackedBuffer(result_fields(rows), self._device)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Landing:
+        """Enqueues the draw of one token per sequence from logits `[R, V]` of any float dtype.
+
+        The results are overwritten two calls later.
+        """
+        from hf_paged.kernels.triton.sampling import sample_tokens
+
+        count = len(sequences)
+        if count > self._rows:  # samples of one prompt that wait for a slot may be many
+            torch.cuda.current_stream(self._device).synchronize()
+            self._make_buffers(2 * count)
+        self.params.fill(self._inputs.next(), sequences)
+        self._inputs.upload()
+        results = {name: array[:count] for name, array in self._outputs.device.items()}
+        sample_tokens(logits, sampling_rows(self._inputs.device, count), **results)
+        # Taken before the buffers' next use: the step after this one reads its tokens from here.
+        tokens = results["tokens"].clone()
+        host = self._outputs.next()
+        self._outputs.download()
+        return Landing(host, record(), tokens)
+
+
+def record() -> torch.cuda.Event:
+    """An event at the current end of the current stream."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
