@@ -32,7 +32,7 @@ def run_generate(subject: Subject, work: Workload, settings: Settings) -> Engine
     batch = max(1, settings.generate_batch // work.n)
     kv_bytes = 0
 
-    def generate(chosen: list[int], max_new_tokens: int) -> list[list[int]]:
+    def generate(chosen: list[int], max_new_tokens: int, max_time: float | None = None) -> list[list[int]]:
         nonlocal kv_bytes
         width = max(len(work.prompts[i]) for i in chosen)
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
@@ -44,6 +44,7 @@ def run_generate(subject: Subject, work: Workload, settings: Settings) -> Engine
             ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
+            max_time=max_time,
             num_return_sequences=work.n,
             eos_token_id=NO_EOS,
             pad_token_id=0,
@@ -60,7 +61,7 @@ def run_generate(subject: Subject, work: Workload, settings: Settings) -> Engine
         for first in range(0, len(order), batch):
             deadline.check()
             chosen = order[first : first + batch]
-            rows = generate(chosen, max(max(work.lengths[i]) for i in chosen))
+            rows = generate(chosen, max(max(work.lengths[i]) for i in chosen), deadline.left())
             for row, tokens in enumerate(rows):
                 i, sample = chosen[row // work.n], row % work.n
                 outputs[i].append(tokens[: work.lengths[i][sample]])

@@ -60,12 +60,17 @@ class Deadline:
         self._seconds = seconds
         self._start = time.perf_counter()
 
-    def check(self, *_: Any) -> None:
+    def left(self) -> float | None:
+        """Seconds until it is over; None without a limit."""
+        return None if self._seconds is None else self._seconds - (time.perf_counter() - self._start)
+
+    def check(self) -> None:
         """
         Raises:
             TimeLimitError: it is over.
         """
-        if self._seconds is not None and time.perf_counter() - self._start > self._seconds:
+        left = self.left()
+        if left is not None and left <= 0:
             raise TimeLimitError(f"did not finish in {self._seconds:g} s")
 
 

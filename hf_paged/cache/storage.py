@@ -115,11 +115,16 @@ class KVStorage:
         if not copies:
             return
         sources, targets = torch.tensor(copies, device=self.keys[0].device).T
-        for pool in (*self.keys, *self.values):
+        for pool in self._as_bytes():
             pool.index_copy_(0, targets, pool.index_select(0, sources))
 
     def zero_pages(self, pages: list[int]) -> None:
         """Wipes pages in every layer: those of a sequence whose keys or values were not finite."""
         where = torch.tensor(pages, device=self.keys[0].device)
-        for pool in (*self.keys, *self.values):
+        for pool in self._as_bytes():
             pool.index_fill_(0, where, 0)
+
+    def _as_bytes(self) -> list[Tensor]:
+        """The pools; those of FP8, for which torch has hardly an operation, as bytes (0 is 0 there too)."""
+        pools = (*self.keys, *self.values)
+        return [pool.view(torch.uint8) if pool.dtype.itemsize == 1 else pool for pool in pools]

@@ -10,11 +10,6 @@ _ALIGNMENT = 16
 _NUMPY: dict[torch.dtype, type[np.generic]] = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
 
-def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
-    """numpy's name of a dtype that a `PackedBuffer` can hold."""
-    return _NUMPY[dtype]
-
-
 class PackedBuffer:
     """Named one-dimensional arrays in one piece of device memory, and two such pieces in (pinned) host memory.
 

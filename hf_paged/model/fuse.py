@@ -61,9 +61,10 @@ def find_groups(lm: nn.Module, run: Callable[[], object]) -> list[Group]:
 class FusedLinears:
     """Groups of linear layers whose weights lie side by side, and the stand-ins that make use of it.
 
-    Making one moves the weights, and takes the memory of one group on top; nothing may write to them meanwhile. After
-    that any thread may run any forward at any time: only a member that is given the very tensor that its group's first
-    member was given, without grad and within `installed()`, computes anything other than it always did.
+    Making one moves the weights, and takes the memory of one group on top; no other thread may use the model then, nor
+    during `release()`. Otherwise any thread may run any forward at any time: only a member that is given the very
+    tensor that its group's first member was given, without grad and within `installed()`, does other than it always
+    did.
     """
 
     def __init__(self, groups: list[Group]) -> None:
@@ -123,7 +124,7 @@ class _Product:
             # storage are duplicates to what saves weights: safetensors refuses them, accelerate drops all but one.
             parameter.data = torch.from_dlpack(rows)
             self.homes.append((linear._parameters, name, rows.data_ptr()))
-        # As a parameter its shape is a constant to the compiler, even where shapes are dynamic.
+        # A parameter, so that the compiler takes its shape and address for constants like those of the others.
         return nn.Parameter(joined, requires_grad=False)
 
     def intact(self) -> bool:
@@ -219,22 +220,22 @@ def _is_plain(linear: nn.Linear, uses: Counter[int]) -> bool:
     own = vars(linear)
     if any(own[hooks] for hooks in HOOKS) or "forward" in own or own.get("_compiled_call_impl") is not None:
         return False
-    if linear._parameters.keys() != {"weight", "bias"} or linear.weight.shape != (
-        linear.out_features,
-        linear.in_features,
-    ):
-        return False
-    return all(
-        type(parameter) is nn.Parameter
-        and type(parameter.data) is Tensor
-        and parameter.layout is torch.strided
-        and parameter.device.type != "meta"
-        and not parameter.is_inference()
-        and not (parameter.device.type == "cpu" and parameter.is_shared())  # with other processes
-        and uses[id(parameter)] == 1
-        and _owns_its_memory(parameter)
-        for parameter in linear._parameters.values()
-        if parameter is not None
+    shape = linear.out_features, linear.in_features
+    return (
+        linear._parameters.keys() == {"weight", "bias"}
+        and getattr(linear.weight, "shape", None) == shape
+        and all(
+            type(parameter) is nn.Parameter
+            and type(parameter.data) is Tensor
+            and parameter.layout is torch.strided
+            and parameter.device.type != "meta"
+            and not parameter.is_inference()
+            and not (parameter.device.type == "cpu" and parameter.is_shared())  # with other processes
+            and uses[id(parameter)] == 1
+            and _references(parameter) == _ALONE
+            for parameter in linear._parameters.values()
+            if parameter is not None
+        )
     )
 
 
@@ -268,10 +269,14 @@ def _watch(members: list[Member], run: Callable[[], object]) -> list[Group]:
     return [[member for member in group if calls[id(member.linear)] == 1] for _, group in read.values()]
 
 
-def _owns_its_memory(parameter: nn.Parameter) -> bool:
-    """Whether no other tensor refers to a parameter's storage."""
-    storage = parameter.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) == 2  # the parameter's reference and ours
+def _references(tensor: Tensor) -> int:
+    """To a tensor's storage: one by every tensor that lies in it, and ours while we ask."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+_ALONE = _references(torch.empty(1, device="cpu"))
+"""What a tensor has that shares its storage with none."""
 
 
 def _return_freed_memory() -> None:

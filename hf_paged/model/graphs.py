@@ -20,7 +20,8 @@ from hf_paged.attention.backend import CapturableBackend, CapturedDecode, Decode
 from hf_paged.engine.request import Sequence
 from hf_paged.model.buffers import PackedBuffer
 from hf_paged.model.runner import ModelRunner
-from hf_paged.sampling.device import Landing, SlotParams, parameter_fields, record, result_fields, sampling_rows
+from hf_paged.sampling.device import Landing, fill_parameters, parameter_fields, record, result_fields, sampling_rows
+from hf_paged.sampling.fused import SlotParams
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class DecodeGraphs:
         captured = self._captured[size]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
-        params.fill(arrays, sequences)
+        fill_parameters(arrays, sequences, params)
         self._inputs.upload()
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         captured.graph.replay()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_paged.engine.request import Sequence
-from hf_paged.model.buffers import PackedBuffer, numpy_dtype
-from hf_paged.sampling.draw import row_keys
-from hf_paged.sampling.fused import SamplingRows
+from hf_paged.model.buffers import PackedBuffer
+from hf_paged.sampling.fused import SamplingRows, SlotParams
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import NonFiniteLogits, Sampled
 
@@ -41,58 +40,10 @@ def sampling_rows(device: dict[str, Tensor], count: int) -> SamplingRows:
     return SamplingRows(**{name: device[name][:count] for name in _PARAMETERS})
 
 
-class SlotParams:
-    """What requests ask of the draw, in tables by slot, so that a step gathers it instead of asking every request.
-
-    A slot's entry is made when another sequence is first seen in it.
-
-    Args:
-        max_num_seqs: slots.
-    """
-
-    def __init__(self, max_num_seqs: int) -> None:
-        self._owners: list[Sequence | None] = [None] * max_num_seqs
-        self._tables = {
-            name: np.zeros(max_num_seqs, dtype=numpy_dtype(dtype))
-            for name, dtype in _PARAMETERS.items()
-            if name != "keys"
-        }
-        self._seeds, self._streams = (np.zeros(max_num_seqs, dtype=np.uint64) for _ in range(2))
-
-    def fill(self, arrays: dict[str, np.ndarray], sequences: list[Sequence]) -> None:
-        """Writes one row of parameters per sequence: its request's, and the key of its next token's noise."""
-        count, owners = len(sequences), self._owners
-        slots = [sequence.slot for sequence in sequences]
-        for sequence, slot in zip(sequences, slots, strict=True):
-            if owners[slot] is not sequence and slot >= 0:
-                self._enter(sequence, slot)
-        where = np.array(slots, dtype=np.int64)
-        for name, table in self._tables.items():
-            arrays[name][:count] = table[where]
-        seeds, streams = self._seeds[where], self._streams[where]
-        for row in np.flatnonzero(where < 0):  # samples that wait for a slot
-            for name, value in _parameters(sequences[row]).items():
-                arrays[name][row] = value
-            seeds[row], streams[row] = sequences[row].request.seed, sequences[row].index
-        positions = np.array([s.num_generated + s.num_pending for s in sequences], dtype=np.uint64)
-        arrays["keys"][:count] = row_keys(seeds, streams, positions).view(np.int64)
-
-    def _enter(self, sequence: Sequence, slot: int) -> None:
-        self._owners[slot] = sequence
-        for name, value in _parameters(sequence).items():
-            self._tables[name][slot] = value
-        self._seeds[slot], self._streams[slot] = sequence.request.seed, sequence.index
-
-
-def _parameters(sequence: Sequence) -> dict[str, float]:
-    params = sequence.request.sampling
-    return {
-        "temperature": 0.0 if params.greedy else params.temperature,
-        "top_k": max(params.top_k, 0),
-        "top_p": params.top_p,
-        "min_p": params.min_p,
-        "wants_logprob": params.logprobs is not None,
-    }
+def fill_parameters(arrays: dict[str, np.ndarray], sequences: list[Sequence], params: SlotParams) -> None:
+    """Writes one row of parameters per sequence into a buffer's host arrays, for its next token."""
+    positions = np.array([sequence.num_generated + sequence.num_pending for sequence in sequences], dtype=np.int64)
+    params.fill(sequences, positions, **{name: arrays[name] for name in _PARAMETERS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +105,7 @@ class DeviceSampler:
         if count > self._rows:  # samples of one prompt that wait for a slot may be many
             torch.cuda.current_stream(self._device).synchronize()
             self._make_buffers(2 * count)
-        self.params.fill(self._inputs.next(), sequences)
+        fill_parameters(self._inputs.next(), sequences, self.params)
         self._inputs.upload()
         results = {name: array[:count] for name, array in self._outputs.device.items()}
         sample_tokens(logits, sampling_rows(self._inputs.device, count), **results)

@@ -1,5 +1,5 @@
-"""What the fused GPU sampler (`hf_paged.kernels.triton.sampling`) needs from the host: which requests it can sample
-wholly, and their parameters and keys as arrays."""
+"""What the fused GPU sampler (`hf_paged.kernels.triton.sampling`) needs from the host: sequences' parameters and keys,
+as arrays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.engine.request import Request, Sequence
+from hf_paged.engine.request import Sequence
 from hf_paged.sampling.draw import absorb
 
 RECORD = np.dtype(
@@ -41,29 +41,6 @@ class SamplingRows:
     """int64 `[B]`: the bits of `row_keys`."""
     wants_logprob: Tensor
     """int32 `[B]`; where it is not 0 the token's rank is computed too."""
-
-
-def fused(request: Request, *, processed_logprobs: bool = False) -> bool:
-    """Whether the kernel gives all that the request wants of a step: nothing touches its logits before temperature,
-    and log-probabilities, if any, are the sampled token's own, raw.
-
-    Args:
-        processed_logprobs: the engine reports log-probabilities after all adjustments.
-    """
-    if request.simple:
-        return True
-    sampling = request.sampling
-    return (
-        sampling.logprobs == 0
-        and not processed_logprobs
-        and not request.penalised
-        and not request.bad_words
-        and not sampling.logit_bias
-        and not sampling.min_tokens
-        and sampling.allowed_token_ids is None
-        and not sampling.logits_processors
-        and request.hooks is None
-    )
 
 
 class SlotParams:

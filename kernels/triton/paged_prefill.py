@@ -100,7 +100,7 @@ def _prefill(
         mask=(row < count)[:, None] & (key_dim < KEY_DIM)[None, :],
         other=0.0,
     )
-    place = position + row
+    place = position + tl.minimum(row, count - 1)  # lines that are nobody's see what the last row sees
 
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

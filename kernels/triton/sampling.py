@@ -38,7 +38,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """The lowest threshold: logits of -inf never pass."""
 
 ROUNDS = tl.constexpr(7)
-"""Of Philox4x32: the fewest that pass BigCrush (Salmon et al., table 2). They are the larger part of `_race`'s work."""
+"""Of Philox4x32: the fewest that pass BigCrush (Salmon et al.). They are a third of `_race`'s instructions."""
 
 ONE = tl.constexpr(2.0**40)
 """Probability masses are summed as integers, in units of 1 / ONE of the likeliest token's: in whatever order, the sum
@@ -186,8 +186,10 @@ def _find_thresholds(
         if p < 1:
             first_mass = tl.where(first >= threshold, tl.exp2((first - peak) * scale), 0.0)
             second_mass = tl.where(second >= threshold, tl.exp2((second - peak) * scale), 0.0)
+            first_weight = (first_mass * ONE).to(tl.int64)
+            second_weight = (second_mass * ONE).to(tl.int64)
             if threshold > dropped:
-                whole = _total_of(first_mass + second_mass)
+                whole = tl.sum(first_weight + second_weight)
             else:
                 mass = tl.zeros([BLOCK], tl.float32)
                 for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
@@ -199,8 +201,6 @@ def _find_thresholds(
             # room for rounding.
             least = peak - heat * tl.log(2.0 * vocab / (1 - p))
             low = tl.maximum(low, _key_of(least, SHIFT))
-            first_weight = (first_mass * ONE).to(tl.int64)
-            second_weight = (second_mass * ONE).to(tl.int64)
             low = _search_lanes(first, second, first_weight, second_weight, low, beyond, target, SHIFT)
             if low < dropped_key:
                 low = _search_row(row, vocab, peak, scale, low, dropped_key + 1, target, True, SHIFT, BLOCK)
@@ -264,7 +264,8 @@ def _race(
         bits = tl.reshape(tl.join(tl.join(one, three), tl.join(two, four)), [BLOCK])
         score = tl.fma(x, LOG2E / heat, -_log2(_exponential(bits)))
         # A tiny temperature can make it -inf, which is for tokens that are not drawn.
-        score = tl.where(x >= tl.load(thresholds + program), tl.maximum(score, LOWEST), -float("inf"))
+        score = tl.maximum(score, LOWEST)
+    score = tl.where(x >= tl.load(thresholds + program), score, -float("inf"))
     best, place = tl.max(score, 0, return_indices=True)  # the lowest index among equals
     out = program * tl.num_programs(0) + block
     tl.store(best_scores + out, best)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +162,36 @@ def test_a_failing_engine_is_a_row(subject: models.Subject, monkeypatch: pytest.
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is there")
 def test_missing_vllm_is_said(subject: models.Subject) -> None:
     assert "pip install vllm" in engines.run_engine("vllm", subject, WORK, Settings()).note
+
+
+def test_vllm_is_asked_for_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for vLLM notes what it is asked and answers with as many tokens."""
+    asked: dict[str, Any] = {"runs": []}
+
+    class LLM:
+        def __init__(self, model: str, **options: Any) -> None:
+            asked.update(options, config=json.loads((Path(model) / "config.json").read_text()))
+
+        def reset_prefix_cache(self) -> None:
+            asked["runs"].append("reset")
+
+        def generate(self, prompts: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
+            each = params if isinstance(params, list) else [params] * len(prompts)
+            asked["runs"].append([(prompt["prompt_token_ids"], one) for prompt, one in zip(prompts, each, strict=True)])
+            completions = [[SimpleNamespace(token_ids=(0,) * one.max_tokens)] * getattr(one, "n", 1) for one in each]
+            return [SimpleNamespace(outputs=found) for found in completions]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    work = Workload("vllm", [[1, 2], [3]], [[5, 5], [2, 4]], temperature=0.6)
+    run = engines.run_engine("vllm", models.Subject("tiny", torch.bfloat16), work, Settings(repeats=2))
+    assert [len(tokens) for tokens in run.outputs] == [5, 5, 2, 4], run.note
+    assert (asked["load_format"], asked["dtype"], asked["max_model_len"]) == ("dummy", "bfloat16", 4096)
+    assert asked["config"]["architectures"] == ["LlamaForCausalLM"]
+    assert [entry == "reset" for entry in asked["runs"]] == [False, True, False, True, False]
+    timed = asked["runs"][2]
+    assert [(prompt, one.n, one.max_tokens) for prompt, one in timed] == [([1, 2], 2, 5), ([3], 1, 2), ([3], 1, 4)]
+    assert all(one.temperature == 0.6 and one.ignore_eos for _, one in timed)
 
 
 # ---- processes of their own ----------------------------------------------------------------------------------

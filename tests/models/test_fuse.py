@@ -518,10 +518,10 @@ def test_identical_layers_compile_once(family: str) -> None:
 
     weights: list[torch.Size] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
         graphs.append(graph)
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        weights.extend(x.shape for node, x in zip(nodes, inputs, strict=True) if "product" in node.name)
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        weights.extend(node.meta["example_value"].shape for node in inputs if "product" in node.name)
         return graph.forward
 
     for layer in lm.model.layers:
