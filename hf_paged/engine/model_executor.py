@@ -22,6 +22,7 @@ from hf_paged.model.fuse import FusedLinears, find_groups
 from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder, StepInputs
 from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
+from hf_paged.model.linear import LeanLinears
 from hf_paged.model.memory import measure_activations
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
@@ -67,6 +68,7 @@ class ModelExecutor(Executor):
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
         self._fused = self._fuse() if config.fuse_linear or (config.fuse_linear is None and on_gpu) else None
         check_model(model, layout, self._backend, self._fused, self._kv_dtype)
+        self._lean = LeanLinears(self._lm) if on_gpu else None
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
@@ -109,7 +111,13 @@ class ModelExecutor(Executor):
             layout=self._backend.layout,
         )
         self._runner = ModelRunner(
-            self._model, layout, self._backend, self.storage, fused=self._fused, compiled=self._compiled
+            self._model,
+            layout,
+            self._backend,
+            self.storage,
+            fused=self._fused,
+            lean=self._lean,
+            compiled=self._compiled,
         )
         self._new_graphs()
 

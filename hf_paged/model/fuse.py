@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hf_paged.model.linear import multiply
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -168,7 +169,7 @@ class _Slice(nn.Linear):
         if torch.is_grad_enabled():
             return super().forward(input)
         if place == 0:
-            parts = F.linear(input, product.weight, product.bias).split(product.sizes, -1)
+            parts = multiply(input, product.weight, product.bias).split(product.sizes, -1)
             product.held = input, parts
             return parts[0]
         held = product.held

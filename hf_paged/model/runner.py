@@ -18,6 +18,7 @@ from hf_paged.model.cpu import fast_linear
 from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, forward
+from hf_paged.model.linear import LeanLinears
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class ModelRunner:
 
     Args:
         fused: linear layers to compute together.
+        lean: the other linear layers' way for few rows.
         compiled: layers to run compiled. Should compiling fail they run as they are, with a logged reason.
     """
 
@@ -97,6 +99,7 @@ class ModelRunner:
         storage: KVStorage,
         *,
         fused: FusedLinears | None = None,
+        lean: LeanLinears | None = None,
         compiled: CompiledLayers | None = None,
     ) -> None:
         self.lm = causal_lm(model)
@@ -104,6 +107,7 @@ class ModelRunner:
         self.backend = backend
         self.storage = storage
         self.fused = fused
+        self.lean = lean
         self.compiled = compiled
         self._step = _Step()
         self._configs = interface.attention_configs(self.lm)
@@ -173,6 +177,8 @@ class ModelRunner:
                 stack.enter_context(fast_linear(self.layout.device))
                 if self.fused is not None:
                     stack.enter_context(self.fused.installed())
+                if self.lean is not None:
+                    stack.enter_context(self.lean.installed())
                 if self.compiled is not None:
                     stack.enter_context(self._pools_on_modules())
                     stack.enter_context(self.compiled.installed())

@@ -200,9 +200,9 @@ def test_kept_tokens_are_those_of_a_sort(
 def test_kept_tokens_are_those_of_filter_logits(
     values: list[float], filters: tuple[int, float, float], dtype: torch.dtype
 ) -> None:
-    """Where no two logits are equal: the same as where processed scores are shown."""
+    """Where no two tokens are equally likely: the same as where processed scores are shown on a CPU."""
     logits = torch.tensor(values).to(dtype).float()
-    assume(len(logits.unique()) == len(logits) and clear_of_thresholds(logits, 1.0, *filters))
+    assume(logits.sort().values.diff().min() > 1e-4 and clear_of_thresholds(logits, 1.0, *filters))
     threshold = find_thresholds(logits[None].to(DEVICE, dtype), rows_of(1, 1.0, *filters), block=16).cpu()
     assert (logits >= threshold).tolist() == torch.isfinite(filter_logits(logits, *filters)).tolist()
 
