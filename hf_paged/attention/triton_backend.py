@@ -36,7 +36,11 @@ class TritonPlan:
 
 
 class TritonBackend:
-    """See the module's docstring. Needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1) on a CPU."""
+    """See the module's docstring. Needs a CUDA device, of compute capability 8.9 for float8 pools.
+
+    Tests can run it on a CPU in Triton's interpreter (TRITON_INTERPRET=1), though not in bfloat16, whose products that
+    gets wrong.
+    """
 
     layout: Layout = "NHD"
 

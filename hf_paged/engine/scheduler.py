@@ -19,7 +19,7 @@ from hf_paged.cache.prefix import Node, PrefixTree
 from hf_paged.engine.batch import Batch, Chunk, SchedulerStats
 from hf_paged.engine.request import Request, Sequence
 
-_order = attrgetter("order")
+_order, _num_computed = attrgetter("order"), attrgetter("num_computed")
 
 
 class Scheduler:
@@ -191,6 +191,8 @@ class Scheduler:
             else:
                 batch.chunks.append(self._chunk(sequence, start, length))
             i += 1
+        # Longest first: a device that hands out the rows in order is then done with all of them at about the same time.
+        decodes.sort(key=_num_computed, reverse=True)
         if not preempted:
             self._admit(budget, batch)
         batch.page_writes, self._page_writes = self._page_writes, []

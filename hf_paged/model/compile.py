@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
+"""Small kernels that do not depend on each other (of queries and of keys, say) become one."""
+
 _CALL = "_compiled_call_impl"
 """Where `nn.Module.__call__` looks for a compiled version of the module's call."""
 
@@ -59,7 +62,7 @@ class CompiledLayers:
 
 
 def _only_paged(layer: nn.Module) -> Callable[..., Any]:
-    compiled = torch.compile(layer._call_impl, dynamic=True)
+    compiled = torch.compile(layer._call_impl, dynamic=True, options=_OPTIONS)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Another thread may train the model meanwhile: its forward is not ours to compile.
