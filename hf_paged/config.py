@@ -8,7 +8,7 @@ from typing import Any
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
-    "attention_backend": ("auto", "flashinfer", "triton", "torch"),
+    "attention_backend": ("auto", "triton", "flashinfer", "torch"),
     "compile": ("layers", "off", None),
     "cuda_graphs": (True, False),
     "fuse_linear": (True, False, None),
@@ -38,8 +38,8 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Sequences that run at once."""
     max_num_batched_tokens: int | None = None
-    """Tokens computed per step, prefill and decode together. None: 2048 on a CPU, 8192 elsewhere, or `max_num_seqs` if
-    that is more."""
+    """Tokens computed per step, prefill and decode together. None: 2048 on a CPU, 8192 on a GPU, 16384 on one of 70
+    GiB or more; `max_num_seqs` if that is more."""
     max_model_len: int | None = None
     """Longest prompt plus output. None: the model's own limit."""
     enable_prefix_caching: bool = True
@@ -48,7 +48,7 @@ class EngineConfig:
     """Dtype of stored keys and values: "auto" is the model's own, "fp8" (or "fp8_e4m3") halves their memory, on a
     GPU."""
     attention_backend: str = "auto"
-    """"flashinfer", "triton" or "torch"; "auto" is the first of these that the device and the installation allow."""
+    """"triton", "flashinfer" or "torch"; "auto" is Triton on a GPU, plain torch elsewhere."""
     compile: str | None = None
     """"layers" compiles the decoder layers, one by one, for our own forwards; "off" runs them as they are. None:
     "layers" on a GPU."""

@@ -106,10 +106,6 @@ class FlashInferBackend:
 
     # ---- what it can serve ---------------------------------------------------------------------------------
 
-    def serves_any(self) -> bool:
-        """Whether it has kernels for any of the layers."""
-        return any(self._served.values())
-
     def _serves(self, layer: LayerSpec) -> bool:
         reason = None
         if layer.sinks:

@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 def choose_backend(
     name: str, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, layers: list[LayerSpec]
 ) -> AttentionBackend:
-    """The backend of that name; "auto" takes the fastest that can be had: on a GPU FlashInfer where it is installed
-    and serves the layers, else Triton; plain torch elsewhere.
+    """The backend of that name; "auto" is Triton on a GPU, plain torch elsewhere.
+
+    Our Triton kernels come first because they measured faster than FlashInfer 0.7.2's in whole steps (see
+    docs/benchmarks.md), need no plan, and serve every kind of layer.
 
     Args:
         dtype, kv_dtype: of the model's keys as computed, and as stored.
@@ -43,14 +45,10 @@ def choose_backend(
             raise ImportError("attention_backend='triton' needs Triton, which torch's CUDA builds bring along")
         logger.warning("Triton is not installed: attention runs in plain torch, without CUDA graphs, many times slower")
         return TorchBackend(device)
-    if name in ("auto", "flashinfer") and _installed("flashinfer") and dtype != torch.float32:
+    if name == "flashinfer":
         from hf_paged.attention.flashinfer_backend import FlashInferBackend
 
-        backend = FlashInferBackend(device, dtype, kv_dtype, layers)
-        if backend.serves_any() or name == "flashinfer":
-            return backend
-    elif name == "auto" and dtype != torch.float32:
-        logger.info("FlashInfer is not installed (pip install 'hf_paged[cuda]'): attention runs on Triton kernels")
+        return FlashInferBackend(device, dtype, kv_dtype, layers)
     from hf_paged.attention.triton_backend import TritonBackend
 
     return TritonBackend(device)

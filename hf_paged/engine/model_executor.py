@@ -34,7 +34,9 @@ from hf_paged.sampling.sampler import Sampler
 logger = logging.getLogger(__name__)
 
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 32, 16
-CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 8192
+TOKEN_BUDGET, LARGE_TOKEN_BUDGET = 2048, 16384
+"""Tokens per step; the larger on GPUs of 70 GiB and more. What a step of prefill costs the host is then well hidden
+behind the device's work, for small models too."""
 
 
 class ModelExecutor(Executor):
@@ -61,9 +63,7 @@ class ModelExecutor(Executor):
                 f"max_model_len ({self.max_model_len}) exceeds the model's own limit of {layout.max_model_len}"
             )
         self.page_size = config.page_size or (GPU_PAGE_SIZE if on_gpu else CPU_PAGE_SIZE)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or max(
-            GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET, config.max_num_seqs
-        )
+        self.max_num_batched_tokens = config.max_num_batched_tokens or max(_token_budget(device), config.max_num_seqs)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
         self._fused = self._fuse() if config.fuse_linear or (config.fuse_linear is None and on_gpu) else None
@@ -252,6 +252,13 @@ class ModelExecutor(Executor):
         """Leaves the model as it was found."""
         if self._fused is not None:
             self._fused.release()
+
+
+def _token_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return TOKEN_BUDGET
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return LARGE_TOKEN_BUDGET if memory >= 70 << 30 else LARGE_TOKEN_BUDGET // 2
 
 
 def _result(landing: Landing, sequences: list[Sequence]) -> StepResult:
