@@ -90,6 +90,8 @@ class ModelExecutor(Executor):
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._watch = WeightWatch(self._lm)
         self._addresses = self._watch.addresses()
+        self._stream: torch.cuda.Stream | None = None
+        """The stream of the last step: each step comes after the one before."""
         self._previous: Tensor | None = None
         """int64, the tokens that the last launched step sampled, on the device."""
         self._allocate()
@@ -131,6 +133,16 @@ class ModelExecutor(Executor):
     # ---- steps ---------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        if self.layout.device.type != "cuda":
+            return self._launch(batch)
+        with torch.cuda.device(self.layout.device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)  # another thread's, or the caller changed it
+            self._stream = stream
+            return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
         if batch.copies:
             assert self.storage is not None
             self.storage.copy_pages(batch.copies)

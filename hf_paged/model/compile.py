@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
+_GPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
 """Small kernels that do not depend on each other (of queries and of keys, say) become one."""
 
 _CALL = "_compiled_call_impl"
@@ -43,7 +43,8 @@ class CompiledLayers:
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self._layers = layers
-        self._calls = [_only_paged(layer) for layer in layers]
+        on_gpu = any(parameter.is_cuda for layer in layers for parameter in layer.parameters())
+        self._calls = [_only_paged(layer, _GPU_OPTIONS if on_gpu else {}) for layer in layers]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -61,8 +62,8 @@ class CompiledLayers:
                     layer.__dict__[_CALL] = own
 
 
-def _only_paged(layer: nn.Module) -> Callable[..., Any]:
-    compiled = torch.compile(layer._call_impl, dynamic=True, options=_OPTIONS)
+def _only_paged(layer: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    compiled = torch.compile(layer._call_impl, dynamic=True, options=options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Another thread may train the model meanwhile: its forward is not ours to compile.

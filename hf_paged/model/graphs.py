@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,8 +171,11 @@ class DecodeGraphs:
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     self._step(size, buffers, attention)
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # what went wrong is told already
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             torch.cuda.current_stream().wait_stream(self._stream)
         except torch.OutOfMemoryError:
             raise

@@ -174,7 +174,8 @@ class ModelRunner:
             with ExitStack() as stack:
                 stack.enter_context(evaluation_mode(self.lm))
                 stack.enter_context(interface.use_paged_attention(self._configs))
-                stack.enter_context(fast_linear(self.layout.device))
+                if self.compiled is None:  # a compiler does not look through it
+                    stack.enter_context(fast_linear(self.layout.device))
                 if self.fused is not None:
                     stack.enter_context(self.fused.installed())
                 if self.lean is not None:
