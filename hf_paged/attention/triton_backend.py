@@ -1,4 +1,5 @@
-"""Attention over pages by the project's own Triton kernels: one appends, one decodes, one prefills."""
+"""Attention over pages by the project's own Triton kernels: one appends and decodes, one appends prefill's rows, one
+prefills."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ class TritonPlan:
     """A step's numbers on the device."""
 
     num_decodes: int
-    write_rows: Tensor
-    """int64 [T]: where each row's key and value go, in a pool seen as `[pages * page, ...]`."""
+    decode_rows: Tensor
+    """int64 [B]: where each decode row's key and value go, in a pool seen as `[pages * page, ...]`."""
+    prefill_rows: Tensor
+    """int64 [T - B]: where the other rows' go."""
     slots: Tensor
     """int32 [B]: 0, 1, ..., the decode rows' rows of `decode_pages`."""
     lengths: Tensor
@@ -53,10 +56,12 @@ class TritonBackend:
         span_pages = np.zeros((len(spans), max((len(span.pages) for span in batch.spans), default=0)), dtype=np.int32)
         for row, span in enumerate(batch.spans):
             span_pages[row, : len(span.pages)] = span.pages
-        rows, slots, lengths, decode_pages, pages, *tiles = upload(
+        count, rows = batch.num_decodes, batch.write_pages * batch.page_size + batch.write_offsets
+        decode_rows, prefill_rows, slots, lengths, decode_pages, pages, *tiles = upload(
             [
-                batch.write_pages * batch.page_size + batch.write_offsets,
-                np.arange(batch.num_decodes, dtype=np.int32),
+                rows[:count],
+                rows[count:],
+                np.arange(count, dtype=np.int32),
                 batch.decode_lengths.astype(np.int32),
                 batch.decode_pages,
                 span_pages,
@@ -65,7 +70,7 @@ class TritonBackend:
             self.device,
         )
         by_height = dict(zip(heights, tiles, strict=True))
-        return TritonPlan(batch.num_decodes, rows, slots, lengths, decode_pages, pages, by_height)
+        return TritonPlan(count, decode_rows, prefill_rows, slots, lengths, decode_pages, pages, by_height)
 
     def run(
         self,
@@ -78,13 +83,16 @@ class TritonBackend:
         value_pool: Tensor,
         sinks: Tensor | None,
     ) -> Tensor:
-        _append(layer, key, value, key_pool, value_pool, plan.write_rows)
         out = query.new_empty(query.shape[0], layer.num_heads, layer.value_dim)
         pools, options, count = (key_pool, value_pool), _options(layer, sinks), plan.num_decodes
         if count:
-            tables = plan.decode_pages, plan.slots, plan.lengths
-            paged_decode(query[:count], *pools, *tables, **options, out=out[:count])
+            paged_decode(
+                query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count],
+                new_key=key[:count], new_value=value[:count], write_rows=plan.decode_rows,
+            )  # fmt: skip
         if plan.tiles:
+            scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
+            append_kv(key[count:], value[count:], *pools, plan.prefill_rows, **scales)
             rows = _rows_per_tile(layer)
             paged_prefill(query, *pools, plan.span_pages, plan.tiles[rows], rows=rows, **options, out=out)
         return out
@@ -113,9 +121,11 @@ class TritonCapturedDecode:
         sinks: Tensor | None,
     ) -> Tensor:
         buffers = self._buffers
-        _append(layer, key, value, key_pool, value_pool, buffers.write_rows)
-        tables = buffers.block_table, buffers.slots, buffers.lengths
-        return paged_decode(query, key_pool, value_pool, *tables, **_options(layer, sinks))
+        tables, options = (buffers.block_table, buffers.slots, buffers.lengths), _options(layer, sinks)
+        return paged_decode(
+            query, key_pool, value_pool, *tables, **options,
+            new_key=key, new_value=value, write_rows=buffers.write_rows,
+        )  # fmt: skip
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -138,10 +148,6 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def _rows_per_tile(layer: LayerSpec) -> int:
     return rows_per_tile(layer.num_heads // layer.num_kv_heads)
-
-
-def _append(layer: LayerSpec, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, rows: Tensor) -> None:
-    append_kv(key, value, key_pool, value_pool, rows, key_scale=layer.key_scale, value_scale=layer.value_scale)
 
 
 def _options(layer: LayerSpec, sinks: Tensor | None) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class ModelExecutor(Executor):
         )
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
-        processed = config.logprobs_mode == "processed_logprobs"
-        self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=processed)
+        self._processed = config.logprobs_mode == "processed_logprobs"
+        self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=self._processed)
         self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._watch = WeightWatch(self._lm)
@@ -148,28 +148,36 @@ class ModelExecutor(Executor):
             self.storage.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
         if self._graphs is not None:
-            if writes is not None:
-                self._graphs.write_pages(writes, self._inputs.block_table)
             if not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes):
-                try:
-                    return self._replay(self._graphs, batch)
-                except CaptureFailed as error:
-                    logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
-                    self._captures, self._graphs = False, None
+                if self._prepare_graph(len(batch.decodes)):
+                    return self._replay(self._graphs, batch, writes)
+            elif writes is not None:
+                self._graphs.write_pages(writes)
         return self._compute(batch)
 
     def looks_ahead(self, request: Request) -> bool:
         return self._looks_ahead and self._samples_alone(request)
 
     def _samples_alone(self, request: Request) -> bool:
-        wants_processed = self._config.logprobs_mode == "processed_logprobs" and request.sampling.logprobs is not None
-        return request.fused and not wants_processed
+        return request.fused and not (self._processed and request.sampling.logprobs is not None)
 
     def _all_alone(self, sequences: list[Sequence]) -> bool:
-        return all(self._samples_alone(sequence.request) for sequence in sequences)
+        if self._processed:
+            return all(self._samples_alone(sequence.request) for sequence in sequences)
+        return all([sequence.request.fused for sequence in sequences])  # a list is quicker than a generator
 
-    def _replay(self, graphs: DecodeGraphs, batch: Batch) -> Callable[[], StepResult]:
-        graphs.prepare(len(batch.decodes))
+    def _prepare_graph(self, count: int) -> bool:
+        """Whether there is a graph for so many decodes."""
+        assert self._graphs is not None
+        try:
+            self._graphs.prepare(count)
+        except CaptureFailed as error:
+            logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
+            self._captures, self._graphs = False, None
+            return False
+        return True
+
+    def _replay(self, graphs: DecodeGraphs, batch: Batch, writes: np.ndarray | None) -> Callable[[], StepResult]:
         sources = self._inputs.sources(batch)
         if sources is not None and self._previous is not graphs.tokens:
             # The step before ran without a graph: its tokens go to where graphs look for them.
@@ -179,7 +187,7 @@ class ModelExecutor(Executor):
             graphs.tokens[: len(chosen)] = chosen
             sources[pending] = np.arange(len(chosen))
         assert self._device_sampler is not None
-        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params)
+        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params, writes)
         self._previous = graphs.tokens
         return lambda: _result(landing, batch.decodes)
 
@@ -211,14 +219,9 @@ class ModelExecutor(Executor):
         ]
 
     def warm_up(self) -> None:
-        if self._graphs is None:
-            return
-        try:
-            for size in self._graphs.sizes:
-                self._graphs.prepare(size)
-        except CaptureFailed as error:
-            logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
-            self._captures, self._graphs = False, None
+        if self._graphs is not None:
+            with torch.cuda.device(self.layout.device):
+                all(self._prepare_graph(size) for size in self._graphs.sizes)
 
     # ---- weights and memory --------------------------------------------------------------------------------
 

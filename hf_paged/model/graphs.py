@@ -30,6 +30,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448,
 """Batch sizes to capture; beyond the last, steps run without a graph."""
 
 
+WRITES_PER_ROW = 2
+"""Room for changes of the block table in a step; more of them go up on their own. A decode step changes one entry in
+`page_size` per row on average."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -85,16 +90,11 @@ class DecodeGraphs:
 
     # ---- replay --------------------------------------------------------------------------------------------
 
-    def write_pages(self, writes: np.ndarray, block_table: np.ndarray) -> None:
-        """Enters changes of the block table, int64 [W, 3] (slot, place in the row, page), which the host's has already.
-
-        A place that is written twice takes what the host's table says now.
-        """
-        triples = np.empty(writes.shape, dtype=np.int32)
-        triples[:, :2] = writes[:, :2]
-        triples[:, 2] = block_table[writes[:, 0], writes[:, 1]]
-        device = torch.from_numpy(triples).pin_memory().to(self._device, non_blocking=True)
-        self._write_table(device, self.block_table)
+    def write_pages(self, writes: np.ndarray) -> None:
+        """Enters changes of the block table: int64 [W, 3] (slot, place in the row, page), a place at most once."""
+        packed = np.append(writes.astype(np.int32).ravel(), np.int32(len(writes)))
+        device = torch.from_numpy(packed).pin_memory().to(self._device, non_blocking=True)
+        self._write_table(device[:-1], device[-1:], self.block_table)
 
     def prepare(self, count: int) -> None:
         """Captures the graph for so many rows, if that has not been done.
@@ -106,11 +106,14 @@ class DecodeGraphs:
         if size not in self._captured:
             self._captured[size] = self._capture(size)
 
-    def launch(self, sequences: list[Sequence], sources: np.ndarray | None, params: SlotParams) -> Landing:
+    def launch(
+        self, sequences: list[Sequence], sources: np.ndarray | None, params: SlotParams, writes: np.ndarray | None
+    ) -> Landing:
         """Enqueues one step of decodes, whose graph was prepared.
 
         Args:
             sources: as in `StepInputs`, referring to `tokens`.
+            writes: changes of the block table that come before the step, as in `write_pages`.
 
         Returns:
             the tokens to come; they are overwritten two launches later.
@@ -120,6 +123,14 @@ class DecodeGraphs:
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
         fill_parameters(arrays, sequences, params)
+        for name in ("temperature", "wants_logprob"):  # padding is greedy: the cheapest
+            arrays[name][len(sequences) : size] = 0
+        if writes is not None and 3 * len(writes) > len(arrays["writes"]):
+            self.write_pages(writes)
+            writes = None
+        arrays["num_writes"][0] = 0 if writes is None else len(writes)
+        if writes is not None:
+            arrays["writes"][: writes.size] = writes.ravel()
         self._inputs.upload()
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         captured.graph.replay()
@@ -137,7 +148,7 @@ class DecodeGraphs:
         sources: np.ndarray | None,
         size: int,
     ) -> None:
-        """Everything but the sampling parameters; a padding row's are whatever stood there."""
+        """Everything but the sampling parameters."""
         count = len(sequences)
         slots, lengths, tokens = arrays["slots"], arrays["lengths"], arrays["token_ids"]
         slots[:count] = [sequence.slot for sequence in sequences]
@@ -159,6 +170,7 @@ class DecodeGraphs:
         attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
         arrays = self._inputs.next()
         self._fill(arrays, [], None, size)
+        arrays["num_writes"][0] = 0
         self._inputs.upload()
         attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         try:
@@ -199,6 +211,7 @@ class DecodeGraphs:
 
     def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:
         device, results = self._inputs.device, self._outputs.device
+        self._write_table(device["writes"], device["num_writes"], self.block_table)
         self._prepare(
             device["token_ids"][:size],
             device["sources"][:size],

@@ -46,10 +46,13 @@ class InputBuilder:
         """Of the sequences that the last batch samples for."""
 
     def write_pages(self, batch: Batch) -> np.ndarray | None:
-        """Applies the batch's page writes to the table. Returns them, int64 [W, 3], if there are any."""
+        """Applies the batch's page writes to the table. Returns them, int64 [W, 3], if there are any, the last one of
+        each place."""
         if not batch.page_writes:
             return None
-        writes = np.array(batch.page_writes)
+        writes = np.array(
+            list({(slot, index): (slot, index, page) for slot, index, page in batch.page_writes}.values())
+        )
         self.block_table[writes[:, 0], writes[:, 1]] = writes[:, 2]
         return writes
 

@@ -97,15 +97,21 @@ def prepare_decode(
 @triton.jit
 def _write_table(writes, count, block_table, table_stride, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = index < count
+    valid = index < tl.load(count)
     slot = tl.load(writes + index * 3, mask=valid).to(tl.int64)
     place = tl.load(writes + index * 3 + 1, mask=valid)
     tl.store(block_table + slot * table_stride + place, tl.load(writes + index * 3 + 2, mask=valid), mask=valid)
 
 
-def write_block_table(writes: Tensor, block_table: Tensor) -> None:
-    """Enters (slot, place in the row, page) triples, int32 `[W, 3]`, no two for the same place, into the table."""
-    if torch.numel(writes):
-        block = 256
-        grid = (triton.cdiv(len(writes), block),)
-        _write_table[grid](writes, len(writes), block_table, block_table.stride(0), BLOCK=block, num_warps=4)
+def write_block_table(writes: Tensor, count: Tensor, block_table: Tensor) -> None:
+    """Enters pages into the table. The grid depends on the room for them alone, so it can be captured.
+
+    Args:
+        writes: int32 `[3 * W]`: (slot, place in the row, page) each; if several are for one place they must agree.
+        count: int32 `[1]`, how many of the W there are.
+        block_table: int32 `[slots, pages]`.
+    """
+    block = 256
+    _write_table[(triton.cdiv(len(writes) // 3, block),)](
+        writes, count, block_table, block_table.stride(0), BLOCK=block, num_warps=4
+    )

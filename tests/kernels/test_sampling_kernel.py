@@ -223,6 +223,14 @@ def test_thresholds_of_any_size(scale: float, dtype: torch.dtype) -> None:
             assert torch.equal(row >= threshold, kept_by_sorting(row, scale, *one))
 
 
+@pytest.mark.parametrize("top_p", [0.25, 0.4, 0.9])
+def test_ties_with_the_kth_count_in_top_p(top_p: float) -> None:
+    """Fourteen tokens tie with the third; four lanes hold six of them, yet all are part of the mass."""
+    logits = torch.tensor([[2.0] * 2 + [1.0] * 14])
+    kept = logits >= find_thresholds(logits.to(DEVICE), rows_of(1, 1.0, 3, top_p), block=4).cpu()
+    assert torch.equal(kept[0], kept_by_sorting(logits[0], 1.0, 3, top_p, 0.0))
+
+
 def test_rows_without_filters_keep_all_that_is_possible() -> None:
     logits = random_logits(5, 40)
     logits[:, 7] = -torch.inf
