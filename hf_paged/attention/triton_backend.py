@@ -85,14 +85,15 @@ class TritonBackend:
     ) -> Tensor:
         out = query.new_empty(query.shape[0], layer.num_heads, layer.value_dim)
         pools, options, count = (key_pool, value_pool), _options(layer, sinks), plan.num_decodes
+        if plan.tiles:
+            scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
+            append_kv(key[count:], value[count:], *pools, plan.prefill_rows, **scales)
         if count:
             paged_decode(
                 query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count],
                 new_key=key[:count], new_value=value[:count], write_rows=plan.decode_rows,
             )  # fmt: skip
         if plan.tiles:
-            scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
-            append_kv(key[count:], value[count:], *pools, plan.prefill_rows, **scales)
             rows = _rows_per_tile(layer)
             paged_prefill(query, *pools, plan.span_pages, plan.tiles[rows], rows=rows, **options, out=out)
         return out

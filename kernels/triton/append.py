@@ -1,4 +1,7 @@
-"""Writes a step's new keys and values to their places in the pages, both in one launch."""
+"""Writes new keys and values to their places in the pages, both in one launch.
+
+For prefill's rows: those of one token per sequence are written by paged_decode, which attends at the same time.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,16 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def to_pool(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, FP8_LIMIT: tl.constexpr):
+    """`x` as a pool of `dtype` keeps it; paged_decode's new keys and values go through this too."""
+    if FP8:
+        x = tl.div_rn(x.to(tl.float32), scale)
+        # A NaN stays one: that a sequence went wrong must not be hidden.
+        x = tl.clamp(x, -FP8_LIMIT, FP8_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
 def _write_row(
     source, row_stride, head_stride, pool, row, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, FP8: tl.constexpr,
@@ -28,11 +41,8 @@ def _write_row(
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     real = (head < HEADS) & (dim < DIM)
     x = tl.load(source + token * row_stride + head * head_stride + dim, mask=real, other=0.0)
-    if FP8:
-        x = tl.div_rn(x.to(tl.float32), scale)
-        # A NaN stays one: that a sequence went wrong must not be hidden.
-        x = tl.clamp(x, -FP8_LIMIT, FP8_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(pool + (row * HEADS + head) * DIM + dim, x.to(pool.dtype.element_ty), mask=real)
+    x = to_pool(x, scale, pool.dtype.element_ty, FP8, FP8_LIMIT)
+    tl.store(pool + (row * HEADS + head) * DIM + dim, x, mask=real)
 
 
 @triton.jit

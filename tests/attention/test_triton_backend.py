@@ -220,6 +220,19 @@ def test_captured_decode(pair: tuple[Case, Case]) -> None:
     check_captured(pair, lambda step: step, **FLOAT32)
 
 
+def test_decodes_append_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured or not, a step of nothing but decodes has no launch for it."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("append_kv was called")
+
+    monkeypatch.setattr("hf_paged.attention.triton_backend.append_kv", fail)
+    shape = make_shape(4, [(9, 0, 0), (0, 0, 1), (7, 0, 0)], [], "scattered", seed=1)
+    case = make_case(shape, [layer()], layout="NHD", dtype=torch.float32, seed=2, strangers=float("nan"))
+    check(TritonBackend(DEVICE), case, DEVICE, **FLOAT32)
+    check_captured((case, case), lambda step: step, **FLOAT32)
+
+
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step as a CUDA graph."""
     step()  # compiles

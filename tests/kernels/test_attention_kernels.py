@@ -6,7 +6,7 @@ interpreter multiplies its bits as if they were integers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from hf_paged.kernels import reference
 from hf_paged.kernels.triton.append import FP8_MAX, append_kv
-from hf_paged.kernels.triton.paged_decode import DecodeConfig, choose_num_splits, paged_decode
+from hf_paged.kernels.triton.paged_decode import DecodeConfig, choose_num_splits, decode_config, paged_decode
 from hf_paged.kernels.triton.paged_prefill import PrefillConfig, make_tiles, paged_prefill, rows_per_tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,6 +138,20 @@ def check(
 # ---- append ----------------------------------------------------------------------------------------------------
 
 
+STRIDES = ["plain", "heads first", "dims first", "a slice"]
+
+
+def lie(x: Tensor, strides: str) -> Tensor:
+    """`x` `[T, H, D]` in a memory of other strides."""
+    if strides == "heads first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if strides == "dims first":
+        return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    if strides == "a slice":
+        return torch.cat([x, x], dim=1)[:, x.shape[1] :]
+    return x
+
+
 def scatter(pool: Tensor, rows: Tensor, new: Tensor, scale: float) -> Tensor:
     """The pool after `new` `[T, Hkv, D]` was written to `rows`."""
     if pool.dtype == FP8:
@@ -161,7 +175,7 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
     page_size=page_sizes,
     dtype=st.sampled_from([torch.float32, torch.float16]),
     pool_dtype=st.sampled_from([torch.float32, torch.float16, FP8]),
-    strides=st.sampled_from(["plain", "heads first", "dims first", "a slice"]),
+    strides=st.sampled_from(STRIDES),
     seed=st.integers(0, 2**20),
 )
 def test_append(tokens, heads, dims, page_size, dtype, pool_dtype, strides, seed) -> None:
@@ -176,13 +190,7 @@ def test_append(tokens, heads, dims, page_size, dtype, pool_dtype, strides, seed
         x = 30 * torch.randn(tokens, heads, dim, generator=generator)
         x = x if rounds else x.to(FP8).float()
         x[:, 0, 0] = 1e4  # beyond what float8 holds
-        if strides == "heads first":
-            x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        elif strides == "dims first":
-            x = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-        elif strides == "a slice":
-            x = torch.cat([x, x], dim=1)[:, heads:]
-        new.append(x.to(dtype).to(DEVICE))
+        new.append(lie(x.to(dtype).to(DEVICE), strides))
         pools.append(torch.randn(3, page_size, heads, dim, generator=generator).to(pool_dtype).to(DEVICE))
     expected = [scatter(pool, rows, x, scale) for pool, x, scale in zip(pools, new, scales, strict=True)]
     append_kv(*new, *pools, rows.to(DEVICE), key_scale=scales[0], value_scale=scales[1])
@@ -275,13 +283,116 @@ def test_decode_of_no_rows() -> None:
     assert out.shape == (0, BASE.heads, BASE.value_dim)
 
 
+# ---- decode that appends ---------------------------------------------------------------------------------------
+
+
+def check_appending_decode(
+    layer: Layer,
+    lengths: list[int],
+    page_size: int,
+    num_splits: int | None,
+    config: DecodeConfig | None,
+    *,
+    padding: int = 0,
+    strides: str = "plain",
+) -> None:
+    """As `append_kv`, then decode. Rows of padding come after the others and attend to what is there."""
+    pages = lay_out(layer, lengths, page_size)
+    query, sinks = make_query(layer, len(lengths))
+    options = options_of(layer, sinks) | {"num_splits": num_splits, "config": config}
+    scales = dict(zip(("key_scale", "value_scale"), pages.scales, strict=True))
+    generator = torch.Generator().manual_seed(layer.seed + 2)
+    dims = layer.key_dim, layer.value_dim
+    new = [torch.randn(len(lengths), layer.kv_heads, dim, generator=generator) for dim in dims]
+    new = [lie(x.to(layer.dtype).to(DEVICE), strides) for x in new]
+    rows = torch.tensor(
+        [own[-1] * page_size + (length - 1) % page_size for length, own in zip(lengths, pages.pages, strict=True)]
+    )
+    rows[len(rows) - padding :] = -1
+    nan = torch.tensor(float("nan")).to(layer.pool_dtype)
+    for pool in (pages.key_pool, pages.value_pool):
+        for row in rows[rows >= 0].tolist():
+            pool[row // page_size, row % page_size] = nan.to(DEVICE)
+    after = [pool.clone() for pool in (pages.key_pool, pages.value_pool)]
+    rows = rows.to(DEVICE)
+    append_kv(*new, *after, rows, **scales)
+
+    slots, counts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (pages.slots, lengths))
+    tables = pages.block_table, slots, counts
+    out = paged_decode(
+        query, pages.key_pool, pages.value_pool, *tables, **scales, **options,
+        new_key=new[0], new_value=new[1], write_rows=rows,
+    )  # fmt: skip
+    for pool, expected in zip((pages.key_pool, pages.value_pool), after, strict=True):
+        assert_same_bits(pool, expected)
+    apart = paged_decode(query, *after, *tables, **scales, **options)
+    torch.testing.assert_close(out, apart, **TOLERANCES[layer.dtype])
+    sequences = [(1, length, own) for length, own in zip(lengths, pages.pages, strict=True)]
+    check(
+        out, query, layer, replace(pages, key_pool=after[0], value_pool=after[1]), sequences, options_of(layer, sinks)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layer=layers,
+    lengths=st.lists(st.sampled_from([1, 16, 17, 32, 33]) | st.integers(1, 70), min_size=1, max_size=4),
+    page_size=page_sizes,
+    num_splits=st.sampled_from([None, 1, 2, 3, 11]),
+    block_n=st.sampled_from([16, 32]),
+    padding=st.integers(0, 2),
+    strides=st.sampled_from(STRIDES),
+)
+def test_decode_appends(layer, lengths, page_size, num_splits, block_n, padding, strides) -> None:
+    config, padding = DecodeConfig(block_n, num_warps=4, num_stages=3), min(padding, len(lengths))
+    check_appending_decode(layer, lengths, page_size, num_splits, config, padding=padding, strides=strides)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 16, 17])
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_decode_appends_around_the_edges_of_blocks(window: int | None, num_splits: int) -> None:
+    layer = Layer(**{**vars(BASE), "window": window, "sinks": True})
+    lengths = [1, 2, 15, 16, 17, 18, 32, 33, 49]
+    check_appending_decode(layer, lengths, 16, num_splits, DecodeConfig(16, num_warps=4, num_stages=3))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("where", [0, 1], ids=["key", "value"])
+def test_decode_appends_nan(num_splits: int, where: int) -> None:
+    """The row that has it is all NaN, and no other is."""
+    lengths = [40, 17]
+    pages = lay_out(BASE, lengths, 16)
+    query, _ = make_query(BASE, 2)
+    new = [torch.ones(2, BASE.kv_heads, 16, device=DEVICE) for _ in range(2)]
+    new[where][0] = float("nan")
+    rows = torch.tensor([own[-1] * 16 + (n - 1) % 16 for n, own in zip(lengths, pages.pages, strict=True)])
+    slots, counts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (pages.slots, lengths))
+    out = paged_decode(
+        query, pages.key_pool, pages.value_pool, pages.block_table, slots, counts, scaling=0.25,
+        new_key=new[0], new_value=new[1], write_rows=rows.to(DEVICE),
+        num_splits=num_splits, config=DecodeConfig(16, 4, 3),
+    )  # fmt: skip
+    assert torch.isnan(out[0]).all() and not torch.isnan(out[1]).any()
+
+
+# ---- how decode is launched ------------------------------------------------------------------------------------
+
+
 def test_choose_num_splits() -> None:
-    assert choose_num_splits(programs=2048, multiprocessors=132, max_blocks=500) == 1
-    assert choose_num_splits(programs=512, multiprocessors=132, max_blocks=500) == 1
-    assert choose_num_splits(programs=128, multiprocessors=132, max_blocks=500) == 4
-    assert choose_num_splits(programs=8, multiprocessors=132, max_blocks=500) == 66
-    assert choose_num_splits(programs=8, multiprocessors=132, max_blocks=5) == 5
-    assert choose_num_splits(programs=1, multiprocessors=132, max_blocks=10**6) == 128
+    def chosen(rows: int, max_blocks: int = 500, kv_heads: int = 8) -> int:
+        return choose_num_splits(programs=rows * kv_heads, multiprocessors=132, max_blocks=max_blocks)
+
+    assert [chosen(rows) for rows in (1, 4, 8, 12, 13, 16, 64, 256)] == [33, 8, 4, 3, 1, 1, 1, 1]
+    assert chosen(1, max_blocks=5) == 5
+    assert chosen(1, kv_heads=1, max_blocks=10**6) == 64
+
+
+def test_decode_config() -> None:
+    def block(rows: int, dim: int = 128) -> int:
+        return decode_config(4, dim, dim, 2, programs_per_multiprocessor=rows * 8 / 132).block_n
+
+    assert [block(rows) for rows in (1, 32, 49, 50, 64, 99, 100, 256)] == [64, 64, 64, 32, 32, 32, 64, 64]
+    assert block(64, dim=64) == 64  # a block is of 16 KiB anyway
 
 
 # ---- prefill ---------------------------------------------------------------------------------------------------
@@ -387,6 +498,15 @@ BIG = [
 @pytest.mark.parametrize("num_splits", [None, 1])
 def test_decode_of_real_shapes(layer: Layer, num_splits: int | None) -> None:
     check_decode(layer, [1, 16, 17, 999, 1000, 1024, 2500, 777], 16, num_splits, None)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("layer", BIG, ids=str)
+@pytest.mark.parametrize("num_splits", [None, 1, 16])
+def test_decode_appends_to_real_shapes(layer: Layer, num_splits: int | None) -> None:
+    lengths = [1, 16, 17, 999, 1000, 1024, 2500, 777]
+    check_appending_decode(layer, lengths, 16, num_splits, None, padding=1, strides="a slice")
 
 
 @pytest.mark.cuda
