@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_paged.config import EngineConfig
@@ -39,20 +40,19 @@ class PagedState:
         """
         with self._lock:
             if self._engine is not None and self._outdated(self._engine):
-                self._drop()
+                self._engine.close()
+                self._engine = None
             if self._engine is None:
-                self._engine = build_engine(model, self.config, self._find_tokenizer(model))
+                with torch.inference_mode(False):  # the pools outlive the caller's mode
+                    self._engine = build_engine(model, self.config, self._find_tokenizer(model))
             return self._engine
 
     def drop_engine(self) -> None:
-        """Gives the page pool's memory back; the next generation makes a new engine."""
+        """Aborts what is unfinished and gives the engine's memory back; the next generation makes a new engine."""
         with self._lock:
-            self._drop()
-
-    def _drop(self) -> None:
-        if self._engine is not None and isinstance(self._engine.executor, ModelExecutor):
-            self._engine.executor.close()
-        self._engine = None
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()  # waits for a step of another thread, which may itself ask for the lock
 
     def _outdated(self, engine: Engine) -> bool:
         executor = engine.executor

@@ -117,6 +117,8 @@ class FlashInferBackend:
         else:
             try:
                 self._try(layer)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # no module for this head dimension, no compiler to make one, ...
                 reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if reason is not None:

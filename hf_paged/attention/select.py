@@ -30,18 +30,18 @@ def choose_backend(
     """
     if name == "auto" and device.type != "cuda":
         name = "torch"
+    if kv_dtype != dtype and name == "torch":
+        raise ValueError("an FP8 KV cache needs a GPU, and attention_backend 'triton' or 'flashinfer'")
     if name == "torch":
-        if kv_dtype != dtype:
-            raise ValueError(
-                f"an FP8 KV cache needs a GPU and attention_backend 'flashinfer' or 'triton', not {name!r}"
-            )
         return TorchBackend(device)
     if device.type != "cuda":
         raise ValueError(f"attention_backend={name!r} needs a CUDA device; the model is on {device}")
+    if kv_dtype != dtype and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError("an FP8 KV cache needs a GPU of compute capability 8.9 or higher")
     if name == "flashinfer" and not _installed("flashinfer"):
         raise ImportError("attention_backend='flashinfer' needs FlashInfer: pip install 'hf_paged[cuda]'")
     if not _installed("triton"):
-        if name == "triton":
+        if name == "triton" or kv_dtype != dtype:
             raise ImportError("attention_backend='triton' needs Triton, which torch's CUDA builds bring along")
         logger.warning("Triton is not installed: attention runs in plain torch, without CUDA graphs, many times slower")
         return TorchBackend(device)

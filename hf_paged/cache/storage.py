@@ -114,7 +114,9 @@ class KVStorage:
         """Copies whole pages, `(from, to)` each, in every layer."""
         if not copies:
             return
-        sources, targets = torch.tensor(copies, device=self.keys[0].device).T
+        pairs = torch.tensor(copies, device="cpu").T.contiguous()
+        device = self.keys[0].device
+        sources, targets = (pairs.pin_memory() if device.type == "cuda" else pairs).to(device, non_blocking=True)
         for pool in self._as_bytes():
             pool.index_copy_(0, targets, pool.index_select(0, sources))
 

@@ -147,14 +147,17 @@ class Engine:
 
     def weights_updated(self) -> None:
         """Says that the weights changed, in case a change could go unseen while requests are running."""
-        self._inbox.append(lambda: self._flush())
+        self._inbox.append(self._flush)
+        if self._working != threading.get_ident():
+            self._take_turn(self._read_inbox)
 
     def warm_up(self) -> None:
-        """Compiles and captures now what would otherwise be when it is first needed, so that no request waits for
-        it."""
+        """Compiles and captures now what decode steps would otherwise compile and capture when it is first needed, so
+        that no request waits for it."""
 
         def work() -> None:
-            self.executor.prepare()
+            if not self._requests:
+                self.executor.prepare()
             self.executor.warm_up()
 
         self._take_turn(work)
@@ -177,6 +180,10 @@ class Engine:
     def wake_up(self) -> None:
         """Takes the memory again; the next request would too."""
         self._take_turn(self.executor.wake_up)
+
+    def close(self) -> None:
+        """Ends everything: requests are aborted, the memory is given back, the model is left as it was found."""
+        self._take_turn(self._close)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
@@ -249,7 +256,9 @@ class Engine:
                 self._working = me
                 self._queue.discard(me)
                 try:
-                    work()
+                    # Whatever mode the caller is in, pools and buffers outlive it.
+                    with torch.inference_mode(False), torch.no_grad():
+                        work()
                 except BaseException:
                     self._recover()
                     raise
@@ -287,9 +296,8 @@ class Engine:
         flight, self._flight = self._flight, following
         if flight is not None:
             self._land(flight)
-        if self._flight is not None and not self._requests:
-            self._flight.land()  # all were finished by what has just landed: nobody wants it
-            self._flight = None
+        if not self._requests:
+            self._drain()  # all were finished by what has just landed: nobody wants the next one
 
     def _launch(self, retry: bool = False) -> _Flight | None:
         start = time.monotonic()
@@ -306,6 +314,12 @@ class Engine:
             return flight
         self._shrink()
         return self._launch(retry=True)
+
+    def _drain(self) -> None:
+        """Waits for a step whose results nobody wants."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.land()
 
     def _shrink(self) -> None:
         """After running out of memory: what is under way lands, and everything starts over in smaller batches."""
@@ -352,6 +366,7 @@ class Engine:
                 if entry is not None:
                     sequence.logprobs[sequence.num_generated :] = [entry]
             self.scheduler.append(sequence, result.tokens[place])
+            self.stats.generation_tokens += 1
             self._end(sequence)
         return list(touched.values())
 
@@ -369,12 +384,15 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> None:
         """Ends one request for a reason of its own; its neighbours do not notice."""
         request.error = error
+        pages = {page for sequence in request.sequences for page in sequence.pages}
+        for sequence in request.sequences:
+            self.scheduler.finish(sequence, "error")
         if isinstance(error, NonFiniteLogits):
             # Its keys and values may be NaN. Masked out they would still poison whoever gets the pages next.
             self._flush()
-            self.executor.wipe(sorted({page for sequence in request.sequences for page in sequence.pages}))
-        for sequence in request.sequences:
-            self.scheduler.finish(sequence, "error")
+            freed = sorted(page for page in pages if not self.scheduler.pool.refs(page))
+            if freed:
+                self.executor.wipe(freed)
 
     def _report(self, requests: list[Request]) -> None:
         for request in requests:
@@ -403,7 +421,6 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.prompt_tokens += sum(chunk.length for chunk in batch.chunks)
-        stats.generation_tokens += len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)
         if not self.observers:
             return
         record = StepRecord(
@@ -423,8 +440,15 @@ class Engine:
         self._read_inbox()
         if self._requests:
             raise RuntimeError(f"{len(self._requests)} requests are unfinished: finish or abort them before sleep()")
+        self._drain()
         self._flush()
         self.executor.sleep()
+
+    def _close(self) -> None:
+        self._read_inbox()
+        self._abort(list(self._requests))
+        self._drain()
+        self.executor.close()
 
     # ---- the inbox -----------------------------------------------------------------------------------------
 
@@ -437,6 +461,7 @@ class Engine:
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests:
+            self.scheduler.unshrink()
             self.executor.prepare()
             if self.scheduler.enable_prefix_caching and self.executor.weights_changed():
                 self._flush()
@@ -444,9 +469,9 @@ class Engine:
         for request in requests:
             if request.request_id in self._requests:
                 continue
-            self._requests[request.request_id] = request, deliver
             if not self.executor.looks_ahead(request):
                 self._held.add(request.request_id)
+            self._requests[request.request_id] = request, deliver
             self.scheduler.add(request)
 
     def _abort(self, request_ids: list[str]) -> None:

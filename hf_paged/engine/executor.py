@@ -59,5 +59,8 @@ class Executor:
     def sleep(self) -> None:
         """Gives the memory of the pages back, with all that is in them. Nothing is in flight."""
 
+    def close(self) -> None:
+        """Gives everything back for good."""
+
     def wake_up(self) -> None:
         """Takes the memory again, if it was given back; `prepare` does so too."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +68,26 @@ class ModelExecutor(Executor):
         self.max_num_batched_tokens = config.max_num_batched_tokens or max(_token_budget(device), config.max_num_seqs)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
-        self._fused = self._fuse() if config.fuse_linear or (config.fuse_linear is None and on_gpu) else None
-        check_model(model, layout, self._backend, self._fused, self._kv_dtype)
+        self.storage: KVStorage | None = None
+        self._stream: torch.cuda.Stream | None = None
+        """The stream of the last work: whatever comes next comes after it."""
+        self._previous: Tensor | None = None
+        """int64, the tokens that the last launched step sampled, on the device."""
+        self._watch = WeightWatch(self._lm)
+        self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu)
+        self._fused: FusedLinears | None = None
+        try:
+            self._build(on_gpu)
+        except BaseException:
+            self.close()
+            raise
+        logger.info("engine ready in %.1f s", time.monotonic() - start)
+
+    def _build(self, on_gpu: bool) -> None:
+        model, layout, config, device = self._model, self.layout, self._config, self.layout.device
+        self._fused = self._fuse()
         self._lean = LeanLinears(self._lm) if on_gpu else None
+        check_model(model, layout, self._backend, fused=self._fused, lean=self._lean, kv_dtype=self._kv_dtype)
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
@@ -88,58 +107,69 @@ class ModelExecutor(Executor):
         self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=self._processed)
         self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
-        self._watch = WeightWatch(self._lm)
-        self._addresses = self._watch.addresses()
-        self._stream: torch.cuda.Stream | None = None
-        """The stream of the last step: each step comes after the one before."""
-        self._previous: Tensor | None = None
-        """int64, the tokens that the last launched step sampled, on the device."""
+        self._signs = self._read_signs()
         self._allocate()
-        logger.info("engine ready in %.1f s", time.monotonic() - start)
 
     def _fuse(self) -> FusedLinears | None:
+        if not self._fuses:
+            return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
 
     def _allocate(self) -> None:
         """The pools, and what is bound to their addresses."""
         layout = self.layout
-        self.storage: KVStorage | None = KVStorage(
-            layout.layers,
-            self.num_pages,
-            self.page_size,
-            dtype=self._kv_dtype,
-            device=layout.device,
-            layout=self._backend.layout,
-        )
-        self._runner = ModelRunner(
-            self._model,
-            layout,
-            self._backend,
-            self.storage,
-            fused=self._fused,
-            lean=self._lean,
-            compiled=self._compiled,
-        )
-        self._new_graphs()
+        with self._in_order():
+            storage = KVStorage(
+                layout.layers,
+                self.num_pages,
+                self.page_size,
+                dtype=self._kv_dtype,
+                device=layout.device,
+                layout=self._backend.layout,
+            )
+            self._runner = ModelRunner(
+                self._model,
+                layout,
+                self._backend,
+                storage,
+                fused=self._fused,
+                lean=self._lean,
+                compiled=self._compiled,
+            )
+            self._graphs = self._new_graphs()
+            self.storage = storage
 
-    def _new_graphs(self) -> None:
-        self._graphs: DecodeGraphs | None = None
-        if self._captures:
-            self._graphs = DecodeGraphs(
-                self._runner, self._backend, self._config.max_num_seqs, self._max_pages, self.page_size  # type: ignore[arg-type]
-            )  # fmt: skip
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if not self._captures:
+            return None
+        return DecodeGraphs(
+            self._runner,
+            self._backend,  # type: ignore[arg-type]
+            self._config.max_num_seqs,
+            self._max_pages,
+            self.page_size,
+        )
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """Around everything that is enqueued: callers may be many threads, each on a stream of its own."""
+        if self.layout.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.layout.device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+                if self._previous is not None:
+                    self._previous.record_stream(stream)
+            self._stream = stream
+            yield
 
     # ---- steps ---------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
-        if self.layout.device.type != "cuda":
-            return self._launch(batch)
-        with torch.cuda.device(self.layout.device):
-            stream = torch.cuda.current_stream()
-            if self._stream is not None and stream != self._stream:
-                stream.wait_stream(self._stream)  # another thread's, or the caller changed it
-            self._stream = stream
+        with self._in_order():
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
@@ -148,10 +178,10 @@ class ModelExecutor(Executor):
             self.storage.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
         if self._graphs is not None:
-            if not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes):
-                if self._prepare_graph(len(batch.decodes)):
-                    return self._replay(self._graphs, batch, writes)
-            elif writes is not None:
+            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes)
+            if fits and self._prepare_graph(len(batch.decodes)):
+                return self._replay(self._graphs, batch, writes)
+            if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
         return self._compute(batch)
 
@@ -164,13 +194,17 @@ class ModelExecutor(Executor):
     def _all_alone(self, sequences: list[Sequence]) -> bool:
         if self._processed:
             return all(self._samples_alone(sequence.request) for sequence in sequences)
-        return all([sequence.request.fused for sequence in sequences])  # a list is quicker than a generator
+        return all(sequence.request.fused for sequence in sequences)
 
     def _prepare_graph(self, count: int) -> bool:
         """Whether there is a graph for so many decodes."""
         assert self._graphs is not None
         try:
             self._graphs.prepare(count)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
+            self._graphs.give_up(count)
+            return False
         except CaptureFailed as error:
             logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
             self._captures, self._graphs = False, None
@@ -183,7 +217,7 @@ class ModelExecutor(Executor):
             # The step before ran without a graph: its tokens go to where graphs look for them.
             assert self._previous is not None
             pending = sources >= 0
-            chosen = self._previous[torch.from_numpy(sources[pending]).to(self.layout.device)]
+            chosen = self._previous[self._runner.upload(sources[pending])]
             graphs.tokens[: len(chosen)] = chosen
             sources[pending] = np.arange(len(chosen))
         assert self._device_sampler is not None
@@ -197,7 +231,7 @@ class ModelExecutor(Executor):
         sequences = batch.sampled()
         prompt_logprobs = self._prompt_logprobs(batch, inputs, logits)
         if inputs.sample_rows != list(range(len(logits))):
-            logits = logits[torch.tensor(inputs.sample_rows, device=logits.device)]
+            logits = logits[self._runner.upload(np.array(inputs.sample_rows, dtype=np.int64))]
         if sequences and self._device_sampler is not None and self._all_alone(sequences):
             landing = self._device_sampler.sample(logits, sequences)
             self._previous = landing.tokens_on_device
@@ -220,23 +254,35 @@ class ModelExecutor(Executor):
 
     def warm_up(self) -> None:
         if self._graphs is not None:
-            with torch.cuda.device(self.layout.device):
-                all(self._prepare_graph(size) for size in self._graphs.sizes)
+            with self._in_order():
+                for size in self._graphs.sizes:
+                    if self._graphs is not None and self._graphs.holds(size):
+                        self._prepare_graph(size)
 
     # ---- weights and memory --------------------------------------------------------------------------------
 
+    def _read_signs(self) -> tuple[Any, ...]:
+        """What graphs and aliases depend on beside the pools."""
+        kind = self.layout.device.type
+        return self._watch.signs(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
     def prepare(self) -> None:
-        if self.storage is None:
-            self.wake_up()
-        addresses = self._watch.addresses()
-        if addresses == self._addresses:
+        self.wake_up()
+        if self._read_signs() == self._signs:
             return
-        if self._fused is not None and not self._fused.intact():
+        with self._in_order():
+            if self._fused is not None and not self._fused.intact():
+                self._fuse_anew()
+            self._graphs = self._new_graphs()
+        self._signs = self._read_signs()
+
+    def _fuse_anew(self) -> None:
+        """Fuses anew after parameters have moved."""
+        if self._fused is not None:
             logger.info("parameters moved: linear layers are fused anew")
+            self._watch.forget()
             self._fused.release()
             self._fused = self._runner.fused = self._fuse()
-        self._addresses = self._watch.addresses()
-        self._new_graphs()
 
     def weights_changed(self) -> bool:
         return self._watch.changed()
@@ -246,15 +292,18 @@ class ModelExecutor(Executor):
 
     def wipe(self, pages: list[int]) -> None:
         if self.storage is not None:
-            self.storage.zero_pages(pages)
+            with self._in_order():
+                self.storage.zero_pages(pages)
 
     def outdated(self) -> bool:
         """Whether the model moved, or layers were replaced, so that everything here must be made anew."""
         return structure(self._lm, self.layout.modules) != self.layout.structure
 
     def sleep(self) -> None:
+        if self.storage is None:
+            return
         self.storage = self._graphs = self._previous = None
-        del self._runner
+        self._runner.close()
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize(self.layout.device)
             torch.cuda.empty_cache()
@@ -264,9 +313,11 @@ class ModelExecutor(Executor):
             self._allocate()
 
     def close(self) -> None:
-        """Leaves the model as it was found."""
+        self.sleep()
         if self._fused is not None:
+            self._watch.forget()
             self._fused.release()
+            self._fused = None
 
 
 def _token_budget(device: torch.device) -> int:

@@ -61,6 +61,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._num_waiting = 0
         self._arrivals = 0
+        self._configured = max_num_batched_tokens, max_num_seqs
         self._reset_pages()
 
     def _reset_pages(self) -> None:
@@ -132,6 +133,12 @@ class Scheduler:
         """Halves what a step may hold; `recover` must follow."""
         self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def unshrink(self) -> None:
+        """Back to what was configured; nothing may be unfinished."""
+        if (self.max_num_batched_tokens, self.max_num_seqs) != self._configured:
+            self.max_num_batched_tokens, self.max_num_seqs = self._configured
+            self.recover(())
 
     def recover(self, requests: Iterable[Request]) -> None:
         """After a step that failed half way: the pool is made anew, and everything unfinished is queued with its

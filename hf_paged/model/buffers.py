@@ -26,7 +26,9 @@ class PackedBuffer:
             offsets[name] = end
             end += -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
-        self._hosts = [torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._hosts = [
+            torch.zeros(end, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda") for _ in range(2)
+        ]
         self._turn = 0
         self.device: dict[str, Tensor] = {}
         """The arrays on the device."""

@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 _GPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
 """Small kernels that do not depend on each other (of queries and of keys, say) become one."""
+
+_MANY = 256
+"""Programs that the layers of all models in the process may have."""
 
 _CALL = "_compiled_call_impl"
 """Where `nn.Module.__call__` looks for a compiled version of the module's call."""
@@ -53,7 +57,9 @@ class CompiledLayers:
         try:
             for layer, call in zip(self._layers, self._calls, strict=True):
                 layer.__dict__[_CALL] = call
-            yield
+            # transformers' layers share one function, whose programs are counted for all models together.
+            with torch._dynamo.config.patch(recompile_limit=_MANY):
+                yield
         finally:
             for layer, own in zip(self._layers, before, strict=True):
                 if own is None:

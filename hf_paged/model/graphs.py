@@ -10,8 +10,10 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,8 +39,52 @@ WRITES_PER_ROW = 2
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     attention: CapturedDecode
+
+
+class Recorder(Protocol):
+    """Records what a function launches."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Calls `work` once without computing anything. What it returns launches all of it again."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all of them over one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        current = torch.cuda.current_stream()
+        current.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            # Other threads (a data loader, say) may use the device meanwhile.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong is told already
+                    self._end(graph)
+                raise
+            self._end(graph)
+        current.wait_stream(self._stream)
+        return graph.replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # It raises before it tells the allocator, which would go on as if the capture did.
+            with suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self._index, self._memory)
+                torch._C._cuda_releasePool(self._index, self._memory)
+            raise
 
 
 class CaptureFailed(RuntimeError):
@@ -52,10 +98,17 @@ class DecodeGraphs:
         backend: whose attention is captured.
         max_num_seqs, max_pages: the block table's shape.
         page_size: tokens per page.
+        recorder: makes the graphs.
     """
 
     def __init__(
-        self, runner: ModelRunner, backend: CapturableBackend, max_num_seqs: int, max_pages: int, page_size: int
+        self,
+        runner: ModelRunner,
+        backend: CapturableBackend,
+        max_num_seqs: int,
+        max_pages: int,
+        page_size: int,
+        recorder: Recorder | None = None,
     ) -> None:
         from hf_paged.kernels.triton.prepare import prepare_decode, write_block_table
         from hf_paged.kernels.triton.sampling import sample_tokens
@@ -69,15 +122,21 @@ class DecodeGraphs:
         """A row of the block table that nobody has: padding's, all page 0."""
         self.block_table = torch.zeros(max_num_seqs + 1, max_pages, dtype=torch.int32, device=device)
         int32 = dict.fromkeys(("token_ids", "sources", "slots", "lengths", "last_page_lengths"), (torch.int32, rows))
-        self._inputs = PackedBuffer({**int32, "page_indptr": (torch.int32, rows + 1), **parameter_fields(rows)}, device)
+        fields = {
+            **int32,
+            "page_indptr": (torch.int32, rows + 1),
+            "writes": (torch.int32, 3 * WRITES_PER_ROW * rows),
+            "num_writes": (torch.int32, 1),
+        }
+        self._inputs = PackedBuffer({**fields, **parameter_fields(rows)}, device)
         self._outputs = PackedBuffer(result_fields(rows), device)
         self._input_ids, self._positions, self._write_rows = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
         self._page_indices = torch.zeros(rows * max_pages, dtype=torch.int32, device=device)
         self._captured: dict[int, _Captured] = {}
-        self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._given_up: set[int] = set()
+        self._recorder = recorder or CudaRecorder(device)
 
     @property
     def tokens(self) -> Tensor:
@@ -86,14 +145,19 @@ class DecodeGraphs:
 
     def holds(self, count: int) -> bool:
         """Whether there is a size for so many rows."""
-        return 0 < count <= self.sizes[-1]
+        return 0 < count <= self.sizes[-1] and self._size(count) not in self._given_up
+
+    def give_up(self, count: int) -> None:
+        """So many rows will run without a graph."""
+        self._given_up.add(self._size(count))
 
     # ---- replay --------------------------------------------------------------------------------------------
 
     def write_pages(self, writes: np.ndarray) -> None:
         """Enters changes of the block table: int64 [W, 3] (slot, place in the row, page), a place at most once."""
         packed = np.append(writes.astype(np.int32).ravel(), np.int32(len(writes)))
-        device = torch.from_numpy(packed).pin_memory().to(self._device, non_blocking=True)
+        host = torch.from_numpy(packed)
+        device = (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
         self._write_table(device[:-1], device[-1:], self.block_table)
 
     def prepare(self, count: int) -> None:
@@ -101,6 +165,7 @@ class DecodeGraphs:
 
         Raises:
             CaptureFailed: see there.
+            torch.OutOfMemoryError: there is no room for it.
         """
         size = self._size(count)
         if size not in self._captured:
@@ -133,7 +198,7 @@ class DecodeGraphs:
             arrays["writes"][: writes.size] = writes.ravel()
         self._inputs.upload()
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
-        captured.graph.replay()
+        captured.replay()
         host = self._outputs.next()
         self._outputs.download()
         return Landing(host, record(), self.tokens)
@@ -167,34 +232,25 @@ class DecodeGraphs:
     def _capture(self, size: int) -> _Captured:
         start = time.monotonic()
         buffers = self._buffers(size)
-        attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
         arrays = self._inputs.next()
         self._fill(arrays, [], None, size)
         arrays["num_writes"][0] = 0
         self._inputs.upload()
-        attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
+        tokens = self.tokens.clone()
         try:
-            self._step(size, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
-            torch.cuda.current_stream().synchronize()
-            graph = torch.cuda.CUDAGraph()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                # Other threads (a data loader, say) may use the device meanwhile.
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    self._step(size, buffers, attention)
-                except BaseException:
-                    with suppress(RuntimeError):  # what went wrong is told already
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
+            attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
+            try:
+                self._step(size, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
+            finally:
+                self.tokens.copy_(tokens)  # the next step may wait for them
+            replay = self._recorder.record(lambda: self._step(size, buffers, attention))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise CaptureFailed(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
         logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
-        return _Captured(graph, attention)
+        return _Captured(replay, attention)
 
     def _buffers(self, size: int) -> DecodeBuffers:
         device = self._inputs.device

@@ -21,7 +21,8 @@ _library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from hf_paged.kernels.triton.linear import MOST_ROWS, linear_of_few_rows
 
-    if 0 < input.numel() <= MOST_ROWS * weight.shape[1] and _is_half(input) and input.dtype == weight.dtype:
+    few = 0 < input.numel() <= MOST_ROWS * weight.shape[1]
+    if few and _is_half(input) and input.dtype == weight.dtype and weight.is_contiguous():
         return linear_of_few_rows(input, weight, bias)
     return F.linear(input, weight, bias)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -121,6 +122,11 @@ class ModelRunner:
         )
         self._mask = interface.packed_mask(layout.device)
 
+    def close(self) -> None:
+        """Lets go of the pools: what a compiler keeps of a forward must not keep them."""
+        for layer in self._layers:
+            del layer.key_pool, layer.value_pool
+
     def forward(self, inputs: StepInputs, previous: Tensor | None = None) -> Tensor:
         """Computes one step from the host's arrays.
 
@@ -131,18 +137,18 @@ class ModelRunner:
             logits `[R, V]` of `inputs.logit_rows`, in the model's dtype.
         """
         plan = self.backend.plan(inputs.attention, self.layout.layers)
-        token_ids = self._upload(inputs.token_ids)
+        token_ids = self.upload(inputs.token_ids)
         if inputs.sources is not None:
             assert previous is not None
-            sources = self._upload(inputs.sources)
+            sources = self.upload(inputs.sources)
             known = token_ids[: len(sources)]
             # A token of -1 is one that could not be sampled; its sequence ends when that is seen.
             known.copy_(torch.where(sources < 0, known, previous[sources.clamp(min=0)].clamp(min=0)))
         return self.compute(
             token_ids,
-            self._upload(inputs.positions),
+            self.upload(inputs.positions),
             functools.partial(self.backend.run, plan),
-            self._upload(inputs.logit_rows),
+            self.upload(inputs.logit_rows),
         )
 
     @torch.no_grad()
@@ -173,6 +179,7 @@ class ModelRunner:
         try:
             with ExitStack() as stack:
                 stack.enter_context(evaluation_mode(self.lm))
+                stack.enter_context(_autocast_without_cache(self.layout.device))
                 stack.enter_context(interface.use_paged_attention(self._configs))
                 if self.compiled is None:  # a compiler does not look through it
                     stack.enter_context(fast_linear(self.layout.device))
@@ -197,17 +204,26 @@ class ModelRunner:
     def _pools_on_modules(self) -> ExitStack:
         """Compiled layers find their pools as attributes of the attending modules, while a forward of ours runs."""
         attributes = [module.__dict__ for module in self.layout.modules]
-        for own, layer in zip(attributes, self._layers, strict=True):
-            own["_hf_paged_keys"], own["_hf_paged_values"] = layer.key_pool, layer.value_pool
         stack = ExitStack()
         stack.callback(_take_pools_off, attributes)
+        for own, layer in zip(attributes, self._layers, strict=True):
+            own["_hf_paged_keys"], own["_hf_paged_values"] = layer.key_pool, layer.value_pool
         return stack
 
-    def _upload(self, array: Any) -> Tensor:
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A copy on the model's device, under way; the host does not wait for it."""
         tensor = torch.from_numpy(array)
         if self.layout.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.layout.device, non_blocking=True)
+
+
+def _autocast_without_cache(device: torch.device) -> AbstractContextManager[Any]:
+    """The caller's autocast goes for our forwards too, but a graph must not refer to the casts that it keeps for a
+    while."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
 
 
 def _take_pools_off(attributes: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from hf_paged.cache.storage import KVStorage
 from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, refuse, trial
+from hf_paged.model.linear import LeanLinears
 from hf_paged.model.runner import ModelRunner
 
 CHUNKS = [(0, 2), (2, 5), (5, 6), (6, 7), (7, 8)]
@@ -35,7 +36,9 @@ def check_model(
     model: nn.Module,
     layout: ModelLayout,
     backend: AttentionBackend,
+    *,
     fused: FusedLinears | None = None,
+    lean: LeanLinears | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Eight tokens in chunks, over pages of 4 tokens, against one stock forward of all of them.
@@ -54,7 +57,7 @@ def check_model(
         device=layout.device,
         layout=backend.layout,
     )
-    runner = ModelRunner(model, layout, backend, storage, fused=fused)
+    runner = ModelRunner(model, layout, backend, storage, fused=fused, lean=lean)
     ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
     with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()

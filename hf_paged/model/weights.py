@@ -45,15 +45,11 @@ class WeightWatch:
     def changed(self) -> bool:
         """Whether anything differs from the last call; True at the first. Reads all weights unless a cheap sign says
         it."""
-        signs, steps = self._read_signs(), _optimizer_steps.value
+        signs, steps = self.signs(), _optimizer_steps.value
         checksum = self._read_checksum(signs)
         same = signs == self._signs and checksum == self._checksum
         self._signs, self._checksum, self._steps = signs, checksum, steps
         return not same
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the weights lie now. What was captured or aliased holds only as long as this stays the same."""
-        return tuple(tensor.data_ptr() for tensor in self._tensors())
 
     def optimizer_stepped(self) -> bool:
         """Whether any optimizer in the process took a step since the last call of this or of `changed`. Costs
@@ -65,7 +61,13 @@ class WeightWatch:
     def _tensors(self) -> list[Tensor]:
         return [*self._model.parameters(), *self._model.buffers()]
 
-    def _read_signs(self) -> tuple[Any, ...]:
+    def forget(self) -> None:
+        """Lets go of the weights' memory, where it holds on to it; the next `changed` is True."""
+        self._signs = self._reader = None
+
+    def signs(self) -> tuple[Any, ...]:
+        """What tells cheaply that weights moved or that others act now: addresses, dtypes and shapes, adapters, hooks.
+        What was captured or aliased holds only as long as this stays the same."""
         tensors = tuple((t.data_ptr(), t.dtype, t.shape) for t in self._tensors())
         adapters = tuple(
             (
@@ -77,7 +79,8 @@ class WeightWatch:
             for module in self._model.modules()
             if isinstance(scaling := getattr(module, "scaling", None), dict)
         )
-        return tensors, adapters
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._model.modules())
+        return tensors, adapters, hooks
 
     @torch.no_grad()
     def _read_checksum(self, signs: tuple[Any, ...]) -> int:

@@ -16,8 +16,12 @@ from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
 from hf_paged.sampling_params import GREEDY_BELOW
 
 
-class NonFiniteLogits(RuntimeError):
-    """The model, or a processor, left no finite logit to sample from."""
+class NothingToSample(RuntimeError):
+    """Every token is forbidden."""
+
+
+class NonFiniteLogits(NothingToSample):
+    """The model's logits, or what a processor made of them, are not numbers to sample from."""
 
 
 @dataclass(slots=True)
@@ -101,14 +105,14 @@ class Sampler:
         """Rows that nothing can be drawn from fail their request; the arithmetic goes on with zeros in their place."""
         for row in (~torch.isfinite(peaks)).nonzero()[:, 0].tolist():
             peak = float(peaks[row])
-            why = "every token is forbidden" if peak == -torch.inf else f"the logits contain {peak}"
-            errors.setdefault(
-                row,
-                NonFiniteLogits(
-                    f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
-                    f"{sequences[row].num_generated} tokens, {why}"
-                ),
+            start = (
+                f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
+                f"{sequences[row].num_generated} tokens, "
             )
+            if peak == -torch.inf:
+                errors.setdefault(row, NothingToSample(start + "every token is forbidden"))
+            else:
+                errors.setdefault(row, NonFiniteLogits(start + f"the logits contain {peak}"))
             scores[row] = 0.0
         return scores
 

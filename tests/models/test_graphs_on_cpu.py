@@ -1,0 +1,171 @@
+"""Decode graphs without a GPU: Triton's interpreter runs the kernels, and a graph is a function that is called again.
+
+What is tested is everything around the device: the numbers a step uploads, padding, pending tokens, the block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_paged
+from hf_paged.engine.engine import Engine
+from hf_paged.model import graphs
+from hf_paged.sampling import device
+from hf_paged.state import build_engine
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a missing GPU")
+
+
+class Replays:
+    """Records by remembering: every replay computes the step again, from whatever the buffers hold then."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self.count += 1
+            work()
+
+        return replay
+
+
+class Landed:
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def graph_engine(
+    model: Any, monkeypatch: pytest.MonkeyPatch, *, lookahead: bool = True, **options: Any
+) -> tuple[Engine, Replays]:
+    """An engine whose decode steps are `Replays`."""
+    from hf_paged.attention.triton_backend import TritonBackend
+
+    for module in (graphs, device):
+        monkeypatch.setattr(module, "record", Landed)
+    options = {"max_num_seqs": 6, "page_size": 4, "num_pages": 64, "async_scheduling": lookahead} | options
+    engine = build_engine(model, hf_paged.EngineConfig(**options))
+    executor: Any = engine.executor
+    executor._backend = TritonBackend(torch.device("cpu"))
+    executor._allocate()
+    recorder = Replays()
+    executor._device_sampler = device.DeviceSampler(6, torch.device("cpu"))
+    executor._graphs = graphs.DecodeGraphs(
+        executor._runner, executor._backend, 6, executor._max_pages, 4, recorder=recorder
+    )
+    return engine, recorder
+
+
+def prompts() -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 64, (length,), generator=draw).tolist() for length in (1, 3, 4, 5, 9, 14, 22)]
+
+
+def run(engine: Engine, params: hf_paged.SamplingParams) -> list[list[list[int]]]:
+    requests = [engine.intake.request(prompt, params) for prompt in prompts()]
+    last = {output.request_id: output for output in engine.run(requests)}
+    assert engine.scheduler.num_active_pages == 0
+    return [[completion.token_ids for completion in last[r.request_id].outputs] for r in requests]
+
+
+def stock(model: Any, count: int) -> list[list[list[int]]]:
+    return [
+        [
+            model.generate(
+                torch.tensor([p]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(p):].tolist()
+        ]
+        for p in prompts()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_pages": 14}, {"max_num_batched_tokens": 7}],
+    ids=["room", "preemption", "chunks between decodes"],
+)
+def test_greedy_equals_stock(
+    model: Any, monkeypatch: pytest.MonkeyPatch, lookahead: bool, options: dict[str, int]
+) -> None:
+    engine, recorder = graph_engine(model, monkeypatch, lookahead=lookahead, **options)
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    expected = stock(model, 12)
+    assert run(engine, greedy) == expected
+    assert run(engine, greedy) == expected  # from the prefix cache
+    assert recorder.count > 12
+
+
+def test_samples_of_a_prompt_are_those_of_steps_without_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = hf_paged.SamplingParams(n=3, temperature=0.9, top_p=0.9, top_k=30, seed=5, max_tokens=8, ignore_eos=True)
+    with_graphs, recorder = graph_engine(model, monkeypatch)
+    found = run(with_graphs, sampled)
+    assert recorder.count
+    without, recorder = graph_engine(model, monkeypatch, lookahead=False)
+    without.executor._graphs = None  # type: ignore[attr-defined]
+    assert run(without, sampled) == found
+    assert not recorder.count
+
+
+def test_log_probabilities_come_with_the_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, recorder = graph_engine(model, monkeypatch)
+    params = hf_paged.SamplingParams(temperature=1.0, seed=1, max_tokens=6, logprobs=0, ignore_eos=True)
+    requests = [engine.intake.request(prompt, params) for prompt in prompts()]
+    last = {output.request_id: output for output in engine.run(requests)}
+    assert recorder.count
+    for request in requests:
+        completion = last[request.request_id].outputs[0]
+        ids = torch.tensor([request.prompt_token_ids + completion.token_ids])
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(ids).logits[0].float(), -1)
+        for place, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+            row = log_probs[request.num_prompt + place - 1]
+            assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+            assert entry[token].rank == 1 + int((row > row[token]).sum())
+
+
+def test_many_changes_of_the_block_table_go_up_on_their_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "WRITES_PER_ROW", 0)
+    engine, recorder = graph_engine(model, monkeypatch, page_size=1, num_pages=256)
+    engine.executor._graphs._page_size = 1  # type: ignore[attr-defined]
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    assert run(engine, greedy) == stock(model, 6)
+    assert recorder.count
+
+
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _ = graph_engine(model, monkeypatch)
+
+    class Refuses:
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine.executor._graphs._recorder = Refuses()  # type: ignore[attr-defined]
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    assert run(engine, greedy) == stock(model, 6)
+    assert sum("cannot be captured" in record.message for record in caplog.records) == 1
