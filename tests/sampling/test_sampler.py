@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, MinNewTokensLengthLogitsProcessor, NoB
 from hf_paged.engine.request import Hooks, Request, Sequence
 from hf_paged.sampling.draw import NUCLEUS
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
-from hf_paged.sampling.sampler import NonFiniteLogits, Sampled, Sampler
+from hf_paged.sampling.sampler import NonFiniteLogits, NothingToSample, Sampled, Sampler
 from hf_paged.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -229,7 +229,7 @@ def test_bad_logits_fail_their_row_only(bad: Tensor, options: dict[str, Any], pr
     sequences = [make_sequence(params, seed=i, slot=i, name=f"number {i}") for i in range(4)]
     got = sampler(processed=processed).sample(logits, sequences)
     assert list(got.errors) == [2]
-    assert isinstance(got.errors[2], NonFiniteLogits)
+    assert isinstance(got.errors[2], NothingToSample)
     assert "number 2" in str(got.errors[2])
     for row in (0, 1, 3):
         assert got.tokens[row] == good.tokens[row]
