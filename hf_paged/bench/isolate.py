@@ -6,6 +6,7 @@ standard output; whatever else it prints goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from hf_paged.bench.models import Subject
 from hf_paged.bench.run import EngineRun, Settings
 from hf_paged.bench.workloads import Workload
 
-START_SECONDS = 600
+START_SECONDS = 180
 """What a child may take beside its timed runs: importing, making the model, compiling."""
 
 
@@ -66,8 +67,16 @@ def run_isolated(name: str, subject: Subject, work: Workload, settings: Settings
     return EngineRun(name, note=f"failed: its process ended with status {status}: {last.strip()}")
 
 
+def _die_with_parent() -> None:
+    """On Linux the kernel kills this process when its parent ends, however that ends: a peer must not go on alone."""
+    set_death_signal = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     """The child."""
+    _die_with_parent()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.load(sys.stdin)

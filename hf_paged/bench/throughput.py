@@ -94,6 +94,8 @@ def run_throughput(
         else:
             runs.append(run_engine(name, subject, work, settings))
             free_memory()
+        done = runs[-1]
+        log(f"{name}: {done.note if done.seconds is None else f'{done.seconds:.2f} s'}")
     about = {
         "model": subject.name,
         "dtype": str(subject.dtype).removeprefix("torch."),

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.output import OutputProcessor
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.engine.turn import Turn
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
@@ -91,12 +91,8 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: set[str] = set()
         self._adding = threading.Lock()
-        self._turn = threading.RLock()
-        """Held while a step is computed, or the inbox read."""
-        self._working: int | None = None
-        """The thread that does so."""
-        self._queue: set[int] = set()
-        """Threads that wait for the turn."""
+        self._turn = Turn()
+        """Taken while a step is computed, or the inbox read."""
         self._used = False
         self._flight: _Flight | None = None
         self._landed_s = 0.0
@@ -137,7 +133,7 @@ class Engine:
         fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self._inbox.append(lambda: self._abort(ids))
-        if self._working == threading.get_ident():
+        if self._turn.mine:
             return  # from inside a step: the next one sees to it
         self._take_turn(self._read_inbox)
 
@@ -148,7 +144,7 @@ class Engine:
     def weights_updated(self) -> None:
         """Says that the weights changed, in case a change could go unseen while requests are running."""
         self._inbox.append(self._flush)
-        if self._working != threading.get_ident():
+        if not self._turn.mine:
             self._take_turn(self._read_inbox)
 
     def warm_up(self) -> None:
@@ -244,35 +240,7 @@ class Engine:
 
     def _take_turn(self, work: Callable[[], None]) -> None:
         """Does `work` while no other thread does any. If it fails, an interrupt included, the engine is put right."""
-        me = threading.get_ident()
-        if self._working == me:
-            raise RuntimeError(
-                "the engine is in the middle of a step: a logits processor or stopping criterion cannot generate with "
-                "the model that it is called for"
-            )
-        self._queue.add(me)
-        try:
-            with self._turn:
-                self._working = me
-                self._queue.discard(me)
-                try:
-                    # Whatever mode the caller is in, pools and buffers outlive it.
-                    with torch.inference_mode(False), torch.no_grad():
-                        work()
-                except BaseException:
-                    self._recover()
-                    raise
-                finally:
-                    self._working = None
-        finally:
-            # Only an interrupt on the way out leaves any of this as it was.
-            if self._working == me:
-                self._working = None
-            with suppress(RuntimeError):
-                self._turn.release()
-            self._queue.discard(me)
-        if self._queue:
-            time.sleep(1e-4)  # a lock is not fair: whoever waits gets a chance to take it
+        self._turn.take(work, self._recover)
 
     def _recover(self) -> None:
         """Tokens already appended are whole. Everything else is made again from them."""

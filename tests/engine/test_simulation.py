@@ -297,8 +297,8 @@ def test_ctrl_c_at_any_line_of_a_step(phase: str, lookahead: bool) -> None:
             engine, outputs = run_interrupted(interrupter, lookahead)
             assert interrupter.done
             try:
-                assert engine._working is None
-                assert other_threads_can_take(engine._turn), "the turn is still taken"
+                assert engine._turn._working is None
+                assert other_threads_can_take(engine._turn.lock), "the turn is still taken"
                 check_finished(engine, outputs + drain(engine) + engine.step())
             except Exception as error:
                 failures.append(f"{file}:{number}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
