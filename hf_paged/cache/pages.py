@@ -21,14 +21,19 @@ class PagePool:
 
     The lowest free id goes out first. It keeps the live part of the pool dense, which the CPU backend reads in one
     stride, and it makes runs repeatable.
+
+    Args:
+        num_touched: pages that an earlier pool over the same memory handed out.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, num_touched: int = 0) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages = num_pages
         self._free = list(range(num_pages))  # a sorted list is a heap
         self._refs = [0] * num_pages
+        self.num_touched = num_touched
+        """Pages from here on were never handed out."""
 
     @property
     def num_free(self) -> int:
@@ -53,6 +58,8 @@ class PagePool:
         pages = [heapq.heappop(free) for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
+        if pages:
+            self.num_touched = max(self.num_touched, pages[-1] + 1)
         return pages
 
     def retain(self, pages: list[int]) -> None:

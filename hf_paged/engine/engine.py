@@ -286,8 +286,8 @@ class Engine:
     def _drain(self) -> None:
         """Waits for a step whose results nobody wants."""
         flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.land()
+        if flight is not None and _poisons(flight.land()):
+            self._purge()
 
     def _shrink(self) -> None:
         """After running out of memory: what is under way lands, and everything starts over in smaller batches."""
@@ -306,8 +306,18 @@ class Engine:
     def _land(self, flight: _Flight) -> None:
         result = flight.land()
         start, self._landed_s = max(flight.start_s, self._landed_s), time.monotonic()
-        self._report(self._append(flight.batch, result))
+        touched = self._append(flight.batch, result)
+        if _poisons(result):
+            self._purge()
+        self._report(touched)
         self._count(flight.batch, start)
+
+    def _purge(self) -> None:
+        """The model left keys and values that are not numbers. Masked out they would still poison whoever gets their
+        pages next, or has got them while this step was on its way: everything is wiped and computed again."""
+        self._drain()
+        self.executor.wipe(list(range(self.scheduler.pool.num_touched)))
+        self.scheduler.recover([request for request, _ in self._requests.values()])
 
     def _append(self, batch: Batch, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
@@ -352,15 +362,8 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> None:
         """Ends one request for a reason of its own; its neighbours do not notice."""
         request.error = error
-        pages = {page for sequence in request.sequences for page in sequence.pages}
         for sequence in request.sequences:
             self.scheduler.finish(sequence, "error")
-        if isinstance(error, NonFiniteLogits):
-            # Its keys and values may be NaN. Masked out they would still poison whoever gets the pages next.
-            self._flush()
-            freed = sorted(page for page in pages if not self.scheduler.pool.refs(page))
-            if freed:
-                self.executor.wipe(freed)
 
     def _report(self, requests: list[Request]) -> None:
         for request in requests:
@@ -448,9 +451,16 @@ class Engine:
             for sequence in request.sequences:
                 self.scheduler.finish(sequence, "abort")
         self._report(known)
+        if not self._requests:
+            self._drain()
 
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()
+
+
+def _poisons(result: StepResult) -> bool:
+    """Whether a step may have left keys and values that are not numbers."""
+    return any(isinstance(error, NonFiniteLogits) for error in result.errors.values())
 
 
 def _name(sequence: Sequence) -> tuple[str, int]:

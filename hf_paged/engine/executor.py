@@ -54,7 +54,7 @@ class Executor:
         return False
 
     def wipe(self, pages: list[int]) -> None:
-        """Overwrites pages whose contents are not finite numbers."""
+        """Overwrites pages with zeros."""
 
     def sleep(self) -> None:
         """Gives the memory of the pages back, with all that is in them. Nothing is in flight."""

@@ -62,10 +62,10 @@ class Scheduler:
         self._num_waiting = 0
         self._arrivals = 0
         self._configured = max_num_batched_tokens, max_num_seqs
-        self._reset_pages()
+        self._reset_pages(0)
 
-    def _reset_pages(self) -> None:
-        self.pool = PagePool(self.num_pages)
+    def _reset_pages(self, num_touched: int) -> None:
+        self.pool = PagePool(self.num_pages, num_touched)
         self.tree = PrefixTree(self.pool, self.page_size)
         self._slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._reserved_slots = 0
@@ -152,7 +152,7 @@ class Scheduler:
         self.running = []
         self._waiting = []
         self._num_waiting = 0
-        self._reset_pages()
+        self._reset_pages(self.pool.num_touched)
         for request in requests:
             request.reserved = 0
             request.num_unfinished = sum(s.finish_reason is None for s in request.sequences)

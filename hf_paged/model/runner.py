@@ -106,7 +106,6 @@ class ModelRunner:
         self.lm = causal_lm(model)
         self.layout = layout
         self.backend = backend
-        self.storage = storage
         self.fused = fused
         self.lean = lean
         self.compiled = compiled

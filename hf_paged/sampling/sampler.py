@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,11 +18,11 @@ from hf_paged.sampling_params import GREEDY_BELOW
 
 
 class NothingToSample(RuntimeError):
-    """Every token is forbidden."""
+    """Every token is forbidden, or a processor left logits that are not numbers."""
 
 
 class NonFiniteLogits(NothingToSample):
-    """The model's logits, or what a processor made of them, are not numbers to sample from."""
+    """The model's own logits are not numbers to sample from; nor may the keys and values be that it left."""
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Sampler:
         scores = raw if simple else self._adjust(raw.clone(), sequences, errors)
         peaks = scores.amax(-1)
         if not bool(torch.isfinite(peaks).all()):
-            scores = self._set_aside(scores if scores is not raw else raw.clone(), peaks, sequences, errors)
+            scores = self._set_aside(raw, scores if scores is not raw else raw.clone(), peaks, sequences, errors)
         tokens, scores = self._draw(scores, sequences)
         if simple:
             return Sampled(tokens, [None] * len(tokens), errors)
@@ -100,7 +101,7 @@ class Sampler:
         return logits
 
     def _set_aside(
-        self, scores: Tensor, peaks: Tensor, sequences: list[Sequence], errors: dict[int, Exception]
+        self, raw: Tensor, scores: Tensor, peaks: Tensor, sequences: list[Sequence], errors: dict[int, Exception]
     ) -> Tensor:
         """Rows that nothing can be drawn from fail their request; the arithmetic goes on with zeros in their place."""
         for row in (~torch.isfinite(peaks)).nonzero()[:, 0].tolist():
@@ -109,10 +110,13 @@ class Sampler:
                 f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
                 f"{sequences[row].num_generated} tokens, "
             )
-            if peak == -torch.inf:
+            own = float(raw[row].amax())
+            if not math.isfinite(own):
+                errors[row] = NonFiniteLogits(start + f"the largest of the model's logits is {own}")
+            elif peak == -math.inf:
                 errors.setdefault(row, NothingToSample(start + "every token is forbidden"))
             else:
-                errors.setdefault(row, NonFiniteLogits(start + f"the logits contain {peak}"))
+                errors.setdefault(row, NothingToSample(start + f"its processors left {peak} among the logits"))
             scores[row] = 0.0
         return scores
 

@@ -710,6 +710,8 @@ def test_a_model_that_runs_out_of_memory(
             model.generate_many(PROMPTS, greedy(12))
     assert_landed(engine)
     assert [o.outputs[0].token_ids for o in model.generate_many(PROMPTS, greedy(24))] == expected
+    assert engine.scheduler.max_num_batched_tokens == 40, "an idle engine goes back to what was configured"
+    assert_landed(engine)
 
 
 # ---- sleep ---------------------------------------------------------------------------------------------

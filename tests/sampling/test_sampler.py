@@ -229,7 +229,7 @@ def test_bad_logits_fail_their_row_only(bad: Tensor, options: dict[str, Any], pr
     sequences = [make_sequence(params, seed=i, slot=i, name=f"number {i}") for i in range(4)]
     got = sampler(processed=processed).sample(logits, sequences)
     assert list(got.errors) == [2]
-    assert isinstance(got.errors[2], NothingToSample)
+    assert isinstance(got.errors[2], NonFiniteLogits)
     assert "number 2" in str(got.errors[2])
     for row in (0, 1, 3):
         assert got.tokens[row] == good.tokens[row]
@@ -256,7 +256,7 @@ def fill_and_raise(generated: list[int], logits: Tensor) -> Tensor:
         (lambda generated, logits: 1 / 0, ZeroDivisionError),
         (lambda generated, logits: logits[:-1], ValueError),
         (lambda generated, logits: None, ValueError),
-        (lambda generated, logits: logits.fill_(torch.nan), NonFiniteLogits),
+        (lambda generated, logits: logits.fill_(torch.nan), NothingToSample),
         (fill_and_raise, KeyError),
         (lambda: None, TypeError),
     ],
