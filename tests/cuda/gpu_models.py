@@ -57,9 +57,12 @@ def stock_answers(model: Any, prompts: list[list[int]] = PROMPTS, count: int = N
 
 
 def twin_answers(model: Any, family: str = "Llama", count: int = NEW) -> list[list[int]]:
-    """What a new model with the same weights says."""
+    """What a new model with the same weights, and the same buffers, says."""
     twin = make(family)
     twin.load_state_dict(model.state_dict())
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        buffer.copy_(buffers[name])
     return stock_answers(twin, count=count)
 
 

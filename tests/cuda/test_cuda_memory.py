@@ -57,18 +57,18 @@ def reserved() -> int:
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flashinfer", marks=needs_flashinfer)])
 def test_sleep_gives_the_memory_back(backend: str) -> None:
     """Of the pool and of what the graphs took, at least 95 of 100."""
-    model = wrap(make_half(), num_pages=1, attention_backend=backend, max_num_seqs=32)
+    options = {"attention_backend": backend, "max_num_seqs": 32}
+    model = wrap(make_half(), num_pages=1, **options)
     page = model.engine.executor.storage.num_bytes
-    wrap(model, num_pages=1024 * MIB // page)
+    wrap(model, num_pages=1024 * MIB // page + 1, **options)
     sampling = SamplingParams(seed=1, n=2, max_tokens=9, logprobs=0, ignore_eos=True)
-    model.engine.executor._graphs.prepare(1)  # compiled, and with whatever libraries keep for themselves
     before = samples(model.generate_many(PROMPTS, sampling))
-    few = reserved()
+    few = reserved()  # with all that is compiled, and what libraries keep for themselves
     model.engine.warm_up()
     awake = reserved()
     assert captured(model) == sorted(set(model.engine.executor._graphs.sizes))
     pool, graphs = model.engine.executor.storage.num_bytes, awake - few
-    assert pool > 1000 * MIB
+    assert pool > 1024 * MIB
     for explicit in (True, False):
         model.engine.sleep()
         asleep = reserved()
@@ -138,8 +138,8 @@ def test_a_pool_sized_from_what_is_free_leaves_room() -> None:
     model = make(dtype=torch.bfloat16, **sizes, initializer_range=0.05)
     before = reserved()
     free, total = torch.cuda.mem_get_info()
-    room = 3072 * MIB
-    hf_paged.wrap(model, gpu_memory_utilization=(total - free + room) / total, max_num_seqs=64, compile="off")
+    room = 4096 * MIB
+    hf_paged.wrap(model, gpu_memory_utilization=(total - free + room) / total, max_num_seqs=96, compile="off")
     pool = model.engine.executor.storage.num_bytes
     assert 0.3 * room < pool < room
     torch.cuda.reset_peak_memory_stats()
