@@ -137,7 +137,7 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     dtypes = [torch.from_numpy(array[:0]).dtype for array in arrays]
     ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
     begins = [0, *ends[:-1]]
-    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     for begin, array in zip(begins, arrays, strict=True):
         packed.numpy()[begin : begin + array.nbytes].view(array.dtype)[:] = array.ravel()
     packed = packed.to(device, non_blocking=True)

@@ -235,7 +235,7 @@ class ModelExecutor(Executor):
         if sequences and self._device_sampler is not None and self._all_alone(sequences):
             landing = self._device_sampler.sample(logits, sequences)
             self._previous = landing.tokens_on_device
-            return lambda: _result(landing, sequences)
+            return lambda: _result(landing, sequences, prompt_logprobs)
         if not sequences:
             result = StepResult([], prompt_logprobs=prompt_logprobs)
         else:
@@ -327,9 +327,11 @@ def _token_budget(device: torch.device) -> int:
     return LARGE_TOKEN_BUDGET if memory >= 70 << 30 else LARGE_TOKEN_BUDGET // 2
 
 
-def _result(landing: Landing, sequences: list[Sequence]) -> StepResult:
+def _result(
+    landing: Landing, sequences: list[Sequence], prompt_logprobs: list[list[TokenLogprobs]] | None = None
+) -> StepResult:
     sampled = landing.wait(sequences)
-    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors)
+    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs)
 
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> list[TokenLogprobs]:

@@ -27,6 +27,7 @@ from gpu_models import (
     stock_answers,
     twin_answers,
     wrap,
+    wrap_for,
 )
 from models.families import make_prompts
 
@@ -57,10 +58,9 @@ def reserved() -> int:
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flashinfer", marks=needs_flashinfer)])
 def test_sleep_gives_the_memory_back(backend: str) -> None:
     """Of the pool and of what the graphs took, at least 95 of 100."""
-    options = {"attention_backend": backend, "max_num_seqs": 32}
-    model = wrap(make_half(), num_pages=1, **options)
+    model = wrap_for(backend, make_half(), num_pages=1, max_num_seqs=32)
     page = model.engine.executor.storage.num_bytes
-    wrap(model, num_pages=1024 * MIB // page + 1, **options)
+    wrap_for(backend, model, num_pages=1024 * MIB // page + 1, max_num_seqs=32)
     sampling = SamplingParams(seed=1, n=2, max_tokens=9, logprobs=0, ignore_eos=True)
     before = samples(model.generate_many(PROMPTS, sampling))
     few = reserved()  # with all that is compiled, and what libraries keep for themselves
@@ -89,7 +89,7 @@ def test_sleep_gives_the_memory_back(backend: str) -> None:
 
 
 def test_sleep_around_a_training_step(expected: list[list[int]]) -> None:
-    model = wrap(make())
+    model = wrap(make(), compile="off")
     assert answers(model.generate_many(PROMPTS, greedy())) == expected
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
     ids = torch.tensor(make_prompts([12, 12], seed=3), device=DEVICE)
@@ -155,10 +155,10 @@ def test_a_pool_sized_from_what_is_free_leaves_room() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 7])
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": False, "compile": "off"}], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}], ids=["graphs", "no graphs"])
 def test_interrupted_in_the_middle(step: int, options: dict[str, Any], expected: list[list[int]]) -> None:
     """Ctrl-C while a step is in the air: the pool is empty, and the next generation is right."""
-    model = wrap(make(), **options)
+    model = wrap(make(), compile="off", **options)
     _ = model.engine
 
     def interrupt(record: Any) -> None:
@@ -175,7 +175,7 @@ def test_interrupted_in_the_middle(step: int, options: dict[str, Any], expected:
 
 
 def test_aborts_and_arrivals_in_mid_flight(expected: list[list[int]]) -> None:
-    model = wrap(make(), num_pages=24)
+    model = wrap(make(), num_pages=24, compile="off")
     engine = model.engine
     for when in range(1, 6):
         ids = [engine.add_request(prompt, greedy()) for prompt in PROMPTS]
@@ -239,7 +239,7 @@ def test_two_engines_take_turns(expected: list[list[int]]) -> None:
 @pytest.mark.parametrize("made", ["before", "inside"])
 def test_generation_on_another_stream(made: str, expected: list[list[int]]) -> None:
     model, side = make(), torch.cuda.Stream()
-    wrap(model)
+    wrap(model, compile="off")
     if made == "before":
         assert answers(model.generate_many(PROMPTS, greedy())) == expected
     side.wait_stream(torch.cuda.current_stream())
@@ -253,7 +253,7 @@ def test_generation_on_another_stream(made: str, expected: list[list[int]]) -> N
 
 
 def test_steps_of_one_generation_on_two_streams(expected: list[list[int]]) -> None:
-    model, streams = wrap(make()), [torch.cuda.Stream(), torch.cuda.Stream()]
+    model, streams = wrap(make(), compile="off"), [torch.cuda.Stream(), torch.cuda.Stream()]
     engine = model.engine
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -350,6 +350,17 @@ def test_generation_in_modes_of_the_callers(expected: list[list[int]]) -> None:
         outputs = model.generate_many(PROMPTS, SamplingParams(seed=1, max_tokens=8, logprobs=0, ignore_eos=True))
     assert [output.error for output in outputs] == [None] * len(PROMPTS)
     assert answers(model.generate_many(PROMPTS, greedy())) == expected, "graphs remember the autocast"
+    assert_idle(model)
+
+
+def test_generation_under_a_default_device(expected: list[list[int]]) -> None:
+    """What is the host's stays on the host."""
+    batch = padded(PROMPTS)
     with torch.device(DEVICE):
+        model = wrap(make(), compile="off")
         assert answers(model.generate_many(PROMPTS, greedy())) == expected
+        found = model.generate(**batch, do_sample=False, max_new_tokens=NEW)
+        assert len(model.generate_many(PROMPTS[:1], SamplingParams(n=3, max_tokens=4))[0].outputs) == 3
+    assert found[:, batch["input_ids"].shape[1] :].tolist() == expected
+    assert model.engine.stats.generation_tokens > 2 * NEW, "generate() went through the stock loop"
     assert_idle(model)

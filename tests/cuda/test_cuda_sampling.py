@@ -19,6 +19,7 @@ from gpu_models import (
     needs_gpu,
     samples,
     wrap,
+    wrap_for,
 )
 from models.families import VOCAB, make_prompts
 
@@ -41,18 +42,27 @@ def sampled(**options: Any) -> SamplingParams:
 # ---- log-probabilities ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids=["2 kv heads", "1 kv head"])
-def half(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module")
+def half() -> Any:
+    return make_half(kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def one_head() -> Any:
     """Query heads per KV head decide which of FlashInfer's kernels decodes."""
-    return make_half(request.param)
+    return make_half(kv_heads=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-def test_logprobs_are_those_of_the_models_own_forward(backend: str, graphs: bool, kv: str, half: Any) -> None:
+@pytest.mark.parametrize("name", ["half", "one_head"])
+def test_logprobs_are_those_of_the_models_own_forward(
+    name: str, backend: str, graphs: bool, kv: str, request: pytest.FixtureRequest
+) -> None:
+    half = request.getfixturevalue(name)
     compile = "layers" if graphs and kv == "auto" else "off"
-    model = wrap(half, attention_backend=backend, cuda_graphs=graphs, kv_cache_dtype=kv, compile=compile)
+    model = wrap_for(backend, half, cuda_graphs=graphs, kv_cache_dtype=kv, compile=compile)
     try:
         outputs = model.generate_many(PROMPTS, sampled())
         assert bool(captured(model)) == graphs
@@ -79,7 +89,7 @@ def test_logprobs_whatever_the_options(options: dict[str, Any], half: Any) -> No
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
 def test_samples_write_to_copies_of_a_shared_page(backend: str, kv: str, half: Any) -> None:
     """Prompts that end in the middle of a page, and more samples than slots: some compute the prompt again."""
-    model = wrap(half, attention_backend=backend, kv_cache_dtype=kv, max_num_seqs=4, compile="off")
+    model = wrap_for(backend, half, kv_cache_dtype=kv, max_num_seqs=4, compile="off")
     try:
         copies: list[tuple[int, int]] = []
         copy_pages = model.engine.executor.storage.copy_pages
@@ -166,7 +176,7 @@ def test_a_neighbour_that_needs_the_host_changes_nothing(late: int, model: Any, 
     [
         {"cuda_graphs": False},
         {"async_scheduling": False},
-        {"compile": "off", "fuse_linear": False},
+        {"fuse_linear": False},
         {"max_num_seqs": 2},
         {"num_pages": 9, "max_num_seqs": 4, "max_num_batched_tokens": 20},
     ],
@@ -175,7 +185,7 @@ def test_a_neighbour_that_needs_the_host_changes_nothing(late: int, model: Any, 
 def test_a_seed_means_the_same_whatever_the_options(
     options: dict[str, Any], model: Any, alone: list[list[list[int]]]
 ) -> None:
-    other = wrap(make(), **options)
+    other = wrap(make(), compile="off", **options)  # the model is compiled
     assert samples(other.generate_many(PROMPTS, MIX)) == alone
     assert_idle(other)
 
@@ -211,7 +221,7 @@ def test_likeliest_tokens_are_the_models_own(model: Any) -> None:
 @pytest.mark.parametrize("budget", [None, 16])
 def test_prompt_logprobs_beside_requests_that_decode(budget: int | None, model: Any) -> None:
     """In one chunk and in several, of which all but the last sample nothing for the request itself."""
-    other = wrap(make(), max_num_batched_tokens=budget)
+    other = wrap(make(), max_num_batched_tokens=budget, compile="off")
     prompt = make_prompts([70], seed=6)[0]
     engine = other.engine
     beside = [engine.add_request(PROMPTS[i], greedy(20)) for i in (0, 1)]

@@ -34,15 +34,18 @@ pytestmark = needs_gpu
 IDS = torch.tensor(make_prompts([12, 12], seed=3))
 
 
-@pytest.fixture
-def model() -> Any:
-    """Wrapped, and used once: there are graphs, groups, compiled layers and cached prefixes to be wrong about."""
-    model = wrap(make())
+COMPILED = {"AdamW, fused", "load_state_dict, assigned", "all data cloned", "another parameter", "to half and back"}
+"""The other cases run uncompiled, which is faster to set up."""
+
+
+def used(compiled: bool) -> Any:
+    """Wrapped, and used once: there are graphs, groups, cached prefixes (and compiled layers) to be wrong about."""
+    model = wrap(make(), compile="layers" if compiled else "off")
     model.generate_many(PROMPTS, greedy())
     executor = model.engine.executor
     assert captured(model)
     assert executor._fused is not None
-    assert executor._runner.compiled is not None
+    assert (executor._runner.compiled is not None) == compiled
     return model
 
 
@@ -87,8 +90,8 @@ CHANGES: dict[str, Callable[[Any, int], object]] = {
 
 
 @pytest.mark.parametrize("name", list(CHANGES))
-def test_new_values_are_seen(name: str, model: Any, original: list[list[int]]) -> None:
-    before = original
+def test_new_values_are_seen(name: str, original: list[list[int]]) -> None:
+    model, before = used(name in COMPILED), original
     for turn in (1, 2):  # the second change meets what the first one left
         CHANGES[name](model, turn)
         expected = twin_answers(model)
@@ -101,8 +104,9 @@ def test_new_values_are_seen(name: str, model: Any, original: list[list[int]]) -
     assert_idle(model)
 
 
-def test_a_step_while_requests_run_goes_on(model: Any) -> None:
+def test_a_step_while_requests_run_goes_on() -> None:
     """What was cached before it is not found after it."""
+    model = used(compiled=False)
     engine = model.engine
     for prompt in PROMPTS:
         engine.add_request(prompt, greedy())
@@ -145,8 +149,9 @@ MOVES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", list(MOVES))
-def test_weights_that_moved_are_found(name: str, model: Any, original: list[list[int]]) -> None:
+def test_weights_that_moved_are_found(name: str, original: list[list[int]]) -> None:
     """Their old memory is written over, so that who still reads it is found out."""
+    model = used(name in COMPILED)
     old = {id(p): p.detach() for p in model.parameters()}
     MOVES[name](model)
     now = {p.data_ptr() for p in model.parameters()}
@@ -166,8 +171,8 @@ def test_weights_that_moved_are_found(name: str, model: Any, original: list[list
     assert_idle(model)
 
 
-def test_another_dtype_between_generations(model: Any, original: list[list[int]]) -> None:
-    wrapped = model.half()
+def test_another_dtype_between_generations(original: list[list[int]]) -> None:
+    wrapped = used(compiled=True).half()
     outputs = wrapped.generate_many(PROMPTS, SamplingParams(seed=1, max_tokens=8, logprobs=0, ignore_eos=True))
     assert wrapped.engine.executor.storage.keys[0].dtype is torch.float16
     assert float(differences(wrapped, outputs).mean()) < 0.1
@@ -183,7 +188,7 @@ def test_another_dtype_between_generations(model: Any, original: list[list[int]]
 
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
 def test_gradients_between_generations_are_those_of_a_model_that_was_never_wrapped(family: str) -> None:
-    model, twin, ids = wrap(make(family)), make(family), IDS.to(DEVICE)
+    model, twin, ids = wrap(make(family), compile="off"), make(family), IDS.to(DEVICE)
     for _ in range(2):
         model.generate_many(PROMPTS[:3], greedy(6))
         for each in (model, twin):
@@ -212,13 +217,16 @@ def test_state_dict_and_parameters_stay_as_they_are() -> None:
     assert [(name, type(module)) for name, module in model.named_modules()][1:] == modules
 
 
-def test_unwrapping_leaves_nothing_behind(model: Any, original: list[list[int]]) -> None:
-    twin = make()
+def test_unwrapping_leaves_nothing_behind(original: list[list[int]]) -> None:
+    model, twin = used(compiled=True), make()
     queries, keys = (getattr(model.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj"))
     assert queries.data_ptr() + queries.nbytes == keys.data_ptr(), "nothing is fused, so nothing is tested here"
+    shared = queries.data_ptr(), keys.data_ptr()
     assert hf_paged.unwrap(model) is model
     assert type(model) is type(twin)
     assert "_hf_paged" not in vars(model)
+    assert queries.data_ptr() != shared[0], "still in the group's memory"
+    assert keys.data_ptr() != shared[1]
     places = set()
     for name, parameter in model.named_parameters():
         storage = parameter.untyped_storage()
@@ -237,7 +245,8 @@ def test_unwrapping_leaves_nothing_behind(model: Any, original: list[list[int]])
     assert answers(model.generate_many(PROMPTS, greedy())) == original
 
 
-def test_copies_and_pickles_of_a_used_model(model: Any, original: list[list[int]]) -> None:
+def test_copies_of_a_used_model(original: list[list[int]]) -> None:
+    model = used(compiled=True)
     other = copy.deepcopy(model)
     _write_data(model)
     assert answers(other.generate_many(PROMPTS, greedy())) == original

