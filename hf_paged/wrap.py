@@ -45,10 +45,10 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     if reason := why_unpageable(model):
         raise refuse(model, reason)
     already = model.__dict__.get("_hf_paged")
-    if already is not None:
-        already.drop_engine()
     base = config or (already.config if already else EngineConfig())
     state = PagedState(base.with_changes(**overrides), tokenizer or (already.tokenizer if already else None))
+    if already is not None:
+        already.drop_engine()
     lm = causal_lm(model)
     for part in {id(lm): lm, id(model): model}.values():
         if not isinstance(part, PagedGenerationMixin):

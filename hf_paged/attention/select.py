@@ -42,7 +42,7 @@ def choose_backend(
         raise ImportError("attention_backend='flashinfer' needs FlashInfer: pip install 'hf_paged[cuda]'")
     if not _installed("triton"):
         if name == "triton" or kv_dtype != dtype:
-            raise ImportError("attention_backend='triton' needs Triton, which torch's CUDA builds bring along")
+            raise ImportError("attention in Triton's kernels needs Triton, which torch's CUDA builds bring along")
         logger.warning("Triton is not installed: attention runs in plain torch, without CUDA graphs, many times slower")
         return TorchBackend(device)
     if name == "flashinfer":

@@ -121,7 +121,7 @@ class KVStorage:
             pool.index_copy_(0, targets, pool.index_select(0, sources))
 
     def zero_pages(self, pages: list[int]) -> None:
-        """Wipes pages in every layer: those of a sequence whose keys or values were not finite."""
+        """Wipes pages in every layer."""
         where = torch.tensor(pages, device=self.keys[0].device)
         for pool in self._as_bytes():
             pool.index_fill_(0, where, 0)

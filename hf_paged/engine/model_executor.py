@@ -176,8 +176,8 @@ class ModelExecutor(Executor):
         if batch.copies:
             assert self.storage is not None
             self.storage.copy_pages(batch.copies)
-        writes = self._inputs.write_pages(batch)
         if self._graphs is not None:
+            writes = self._inputs.write_pages(batch)
             fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes)
             if fits and self._prepare_graph(len(batch.decodes)):
                 return self._replay(self._graphs, batch, writes)
@@ -272,17 +272,12 @@ class ModelExecutor(Executor):
             return
         with self._in_order():
             if self._fused is not None and not self._fused.intact():
-                self._fuse_anew()
+                logger.info("parameters moved: linear layers are fused anew")
+                self._watch.forget()
+                self._fused.release()
+                self._fused = self._runner.fused = self._fuse()
             self._graphs = self._new_graphs()
         self._signs = self._read_signs()
-
-    def _fuse_anew(self) -> None:
-        """Fuses anew after parameters have moved."""
-        if self._fused is not None:
-            logger.info("parameters moved: linear layers are fused anew")
-            self._watch.forget()
-            self._fused.release()
-            self._fused = self._runner.fused = self._fuse()
 
     def weights_changed(self) -> bool:
         return self._watch.changed()

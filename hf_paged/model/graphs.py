@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_paged.attention.backend import CapturableBackend, CapturedDecode, DecodeBuffers
 from hf_paged.engine.request import Sequence
 from hf_paged.model.buffers import PackedBuffer
-from hf_paged.model.runner import ModelRunner
+from hf_paged.model.runner import ModelRunner, first_line
 from hf_paged.sampling.device import Landing, fill_parameters, parameter_fields, record, result_fields, sampling_rows
 from hf_paged.sampling.fused import SlotParams
 
@@ -248,7 +248,7 @@ class DecodeGraphs:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise CaptureFailed(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+            raise CaptureFailed(first_line(error)) from error
         logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
         return _Captured(replay, attention)
 

@@ -29,10 +29,8 @@ class ModelLayout:
     """What the engine needs to know of a model."""
 
     layers: list[LayerSpec]
-    by_module: dict[int, LayerSpec]
-    """By `id()` of the attention module that calls."""
     modules: list[nn.Module]
-    """The attending modules, in order. Holding them keeps their ids from being given away."""
+    """The attending modules, in the layers' order. Holding them keeps their ids from being given away."""
     structure: tuple[Any, ...]
     """Of the model when the layout was made (see `structure`): when that differs, the layout is out of date."""
     kv_dtype: torch.dtype
@@ -111,7 +109,6 @@ def inspect_model(model: nn.Module) -> ModelLayout:
     modules = [module for module, _ in recorder.layers.values()]
     return ModelLayout(
         layers=[layer for _, layer in recorder.layers.values()],
-        by_module={key: layer for key, (_, layer) in recorder.layers.items()},
         modules=modules,
         structure=structure(lm, modules),
         kv_dtype=recorder.dtype,

@@ -167,7 +167,7 @@ class ModelRunner:
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError) or not _is_compilers(error):
                     raise
-                logger.warning("the model's layers run uncompiled: compiling failed (%s)", _first_line(error))
+                logger.warning("the model's layers run uncompiled: compiling failed (%s)", first_line(error))
                 self.compiled = None
         return self._compute(token_ids, positions, attend, rows)
 
@@ -241,5 +241,6 @@ def _is_compilers(error: BaseException) -> bool:
         error = error.__cause__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception's kind and the first line of what it says, for a log."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -95,7 +95,7 @@ class DeviceSampler:
         self._outputs = PackedBuffer(result_fields(rows), self._device)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> Landing:
-        """Enqueues the draw of one token per sequence from logits `[R, V]` of any float dtype.
+        """Enqueues the draw of one token per sequence from logits `[R, V]`, bfloat16, float16 or float32.
 
         The results are overwritten two calls later.
         """

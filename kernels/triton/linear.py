@@ -5,12 +5,12 @@ A library's matrix product is made for many rows; of one row it gets 2.4 to 2.8 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hf_paged.kernels.triton.device import multiprocessors
 
 MOST_ROWS = 2
 """Above it a matrix product on tensor cores is as fast or faster: there the multiplications are the work."""
@@ -51,11 +51,6 @@ def _linear(
         tl.store(out + n + column, tl.sum(second, 1) + shift, mask=inside)
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, accumulated in float32.
 
@@ -74,7 +69,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     out = x.new_empty(*x.shape[:-1], n)
     # Few rows of weights per program where there are few of them, so that all of the GPU works.
     block_n = 16
-    while block_n > 4 and triton.cdiv(n, block_n) < 2 * _multiprocessors(x.device):
+    while block_n > 4 and triton.cdiv(n, block_n) < 2 * multiprocessors(x.device):
         block_n //= 2
     block_k = min(TILE // block_n, triton.next_power_of_2(k))
     with torch.cuda.device_of(x):

@@ -11,7 +11,6 @@ The rows' own keys and values can come along: then they are written to their pag
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_paged.kernels.triton.append import FP8_MAX, to_pool, unit_stride
+from hf_paged.kernels.triton.device import multiprocessors
 
 LOG2E = math.log2(math.e)
 """Scores are kept times this, since the hardware's exponential is to the base 2."""
@@ -272,13 +272,6 @@ def decode_config(
     return DecodeConfig(block_n, num_warps=8, num_stages=3)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter runs one program after another
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def choose_num_splits(programs: int, multiprocessors: int, max_blocks: int) -> int:
     """Parts per sequence.
 
@@ -368,13 +361,13 @@ def paged_decode(
         assert new_value is not None and write_rows is not None
         new_key, new_value = unit_stride(new_key), unit_stride(new_value)
         new_strides = *new_key.stride()[:2], *new_value.stride()[:2]
-    programs, multiprocessors = rows * kv_heads, _multiprocessors(query.device)
+    programs, num_multiprocessors = rows * kv_heads, multiprocessors(query.device)
     if config is None:
         element_bytes = max(query.element_size(), key_pool.element_size())
-        config = decode_config(group, key_dim, value_dim, element_bytes, programs / multiprocessors)
+        config = decode_config(group, key_dim, value_dim, element_bytes, programs / num_multiprocessors)
     if num_splits is None:
         max_blocks = -(-block_table.shape[1] * page_size // config.block_n)
-        num_splits = choose_num_splits(programs, multiprocessors, max_blocks)
+        num_splits = choose_num_splits(programs, num_multiprocessors, max_blocks)
     score_scale, cap = score_factors(scaling, key_scale, softcap)
     part_out = part_lse = None
     if num_splits > 1:
