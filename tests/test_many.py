@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from many_threads import in_threads
 from models.families import VOCAB, left_pad, make_model, make_prompts, stock_greedy
 from models.tiny_tokenizer import make_tokenizer
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
@@ -837,24 +837,6 @@ def test_nan_weights_fail_the_request_and_leave_no_trace(stock: Any, model: Any)
 
 
 # ---- threads -----------------------------------------------------------------------------------------------
-
-
-def in_threads(*calls: Callable[[], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(calls)
-
-    def run(place: int) -> None:
-        try:
-            results[place] = calls[place]()
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a thread hangs"
-    return results
 
 
 def test_four_threads_at_once(stock: Any, model: Any) -> None:

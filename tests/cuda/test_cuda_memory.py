@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from gpu_models import (
     wrap,
     wrap_for,
 )
+from many_threads import in_threads
 from models.families import make_prompts
 
 import hf_paged
@@ -266,24 +266,6 @@ def test_steps_of_one_generation_on_two_streams(expected: list[list[int]]) -> No
             last |= {output.request_id: output for output in engine.step()}
     assert [last[i].outputs[0].token_ids for i in ids] == expected
     assert_idle(model)
-
-
-def in_threads(*calls: Callable[[], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(calls)
-
-    def run(place: int) -> None:
-        try:
-            results[place] = calls[place]()
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a thread hangs"
-    return results
 
 
 @pytest.mark.parametrize("own_stream", [False, True])
