@@ -214,18 +214,19 @@ class _Call:
         """Pad tokens left of each row."""
         mask = model_kwargs.get("attention_mask")
         rows, width = self.input_ids.shape
+        places = torch.arange(width, device="cpu")  # whatever torch.set_default_device says
         if mask is None:
-            padding = torch.zeros(rows, dtype=torch.long)
+            padding = torch.zeros(rows, dtype=torch.long, device="cpu")
         else:
             mask = mask.to("cpu", torch.bool)
             if mask.shape != self.input_ids.shape:
                 raise StockPath("the attention mask covers more than the input ids")
             padding = width - mask.sum(1)
-            if not torch.equal(mask, torch.arange(width) >= padding[:, None]) or bool((padding == width).any()):
+            if not torch.equal(mask, places >= padding[:, None]) or bool((padding == width).any()):
                 raise StockPath("the attention mask is not plain left padding")
         positions = model_kwargs.get("position_ids")
         if positions is not None:
-            usual = torch.arange(width) - padding[:, None]
+            usual = places - padding[:, None]
             seen = usual >= 0
             if positions.shape[-2:] != usual.shape and positions.shape != (1, width):
                 raise StockPath("position_ids of an unusual shape were given")

@@ -301,6 +301,7 @@ class ModelExecutor(Executor):
         self._runner.close()
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize(self.layout.device)
+            torch._C._cuda_clearCublasWorkspaces()  # it keeps one for every stream that a graph was captured on
             torch.cuda.empty_cache()
 
     def wake_up(self) -> None:

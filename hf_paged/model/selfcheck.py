@@ -61,6 +61,8 @@ def check_model(
     ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
     with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()
+        if not expected.isfinite().all():
+            raise refuse(model, "the logits of its own forward are not finite: look for NaN or infinity in its weights")
         found = []
         for start, end in CHUNKS:
             position = np.arange(start, end)

@@ -314,3 +314,11 @@ def test_the_self_check_refuses_in_half_precision(make: Any, dtype: torch.dtype)
     model = hf_paged.wrap(make().to(dtype), num_pages=64)
     with pytest.raises(UnsupportedModelError, match="cannot be paged"):
         _ = model.engine
+
+
+def test_a_model_of_nan_is_told_so() -> None:
+    model = make_model("Llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(UnsupportedModelError, match="not finite.*weights"):
+        hf_paged.wrap(model).generate_many([[1, 2, 3]], SamplingParams(max_tokens=2))
