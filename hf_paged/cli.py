@@ -140,6 +140,25 @@ def latency(
 
 
 @bench.command()
+def attention(
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads; they divide the query heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=16, help="Of keys and values.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Decode attention over groups of samples: shared prefixes read once against each row alone, on a GPU."""
+    from hf_paged.bench import attention as report
+
+    if heads % kv_heads:
+        raise typer.BadParameter(f"{heads} query heads cannot be shared out among {kv_heads} KV heads")
+
+    def run() -> None:
+        _show(report.run_attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim), report.as_table, as_json)
+
+    _friendly(run)
+
+
+@bench.command()
 def host(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences decoding at once.")] = 256,
     requests: Annotated[int, typer.Option(min=1, help="Requests to schedule in the simulator.")] = 1_000_000,

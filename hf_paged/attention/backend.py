@@ -8,6 +8,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from hf_paged.attention.shared import SharedPlan
+from hf_paged.kernels.shared_ranges import SharedRanges
+
 Layout = Literal["NHD", "HND"]
 """Order of a pool's dimensions: `[pages, page, kv_heads, dim]` or `[pages, kv_heads, page, dim]`."""
 
@@ -61,6 +64,8 @@ class AttentionBatch:
     """int64 [T]: the page each row's key and value go to."""
     write_offsets: np.ndarray
     """int64 [T]: the place in that page."""
+    shared: SharedPlan | None = None
+    """What decode rows share, for a backend that `shares`; items then name rows of `decode_pages`."""
 
     @property
     def num_decodes(self) -> int:
@@ -88,6 +93,8 @@ class DecodeBuffers:
     """int32 [enough]: the rows' pages laid end to end."""
     last_page_lengths: Tensor
     """int32 [N]: tokens in each row's last page."""
+    shared: SharedRanges | None = None
+    """What the rows share, where the step is one that reads it together."""
 
 
 class CapturedDecode(Protocol):
@@ -115,6 +122,8 @@ class AttentionBackend(Protocol):
     """A set of kernels. `plan` works on the host, once per step; `run` on the device, once per layer."""
 
     layout: Layout
+    shares: bool
+    """Whether it reads what decode rows share once for all of them, when it is told."""
 
     def plan(self, batch: AttentionBatch, layers: list[LayerSpec]) -> Any:
         """Whatever `run` needs to know of the step, for all layers at once."""

@@ -89,6 +89,7 @@ class FlashInferBackend:
     """
 
     layout: Layout = "NHD"
+    shares = False
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, layers: list[LayerSpec]

@@ -72,6 +72,7 @@ class TorchBackend:
     """See the module's docstring. Tensors of the plan live on `device`."""
 
     layout: Layout = "HND"
+    shares = False  # it reads any page once for all rows that own it, without being told
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

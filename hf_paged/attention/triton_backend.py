@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout
+from hf_paged.attention.shared import SharedPlan
+from hf_paged.kernels.shared_ranges import SharedRanges
 from hf_paged.kernels.triton.append import append_kv
 from hf_paged.kernels.triton.paged_decode import paged_decode
 from hf_paged.kernels.triton.paged_prefill import make_tiles, paged_prefill, rows_per_tile
@@ -36,6 +38,7 @@ class TritonPlan:
     """int32 [spans, most pages]."""
     tiles: dict[int, Tensor]
     """By rows per tile: int32 [tiles, 4], of all spans."""
+    shared: SharedRanges | None
 
 
 class TritonBackend:
@@ -46,6 +49,7 @@ class TritonBackend:
     """
 
     layout: Layout = "NHD"
+    shares = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,7 +61,9 @@ class TritonBackend:
         for row, span in enumerate(batch.spans):
             span_pages[row, : len(span.pages)] = span.pages
         count, rows = batch.num_decodes, batch.write_pages * batch.page_size + batch.write_offsets
-        decode_rows, prefill_rows, slots, lengths, decode_pages, pages, *tiles = upload(
+        plan = batch.shared
+        of_plan = [] if plan is None else [plan.items, _count(plan), plan.rows, plan.lengths, plan.num_parts]
+        decode_rows, prefill_rows, slots, lengths, decode_pages, pages, *rest = upload(
             [
                 rows[:count],
                 rows[count:],
@@ -65,12 +71,17 @@ class TritonBackend:
                 batch.decode_lengths.astype(np.int32),
                 batch.decode_pages,
                 span_pages,
+                *of_plan,
                 *(make_tiles(spans, height) for height in heights),
             ],
             self.device,
         )
-        by_height = dict(zip(heights, tiles, strict=True))
-        return TritonPlan(count, decode_rows, prefill_rows, slots, lengths, decode_pages, pages, by_height)
+        shared = None
+        if plan is not None:
+            most = int(plan.num_parts.max())
+            shared = SharedRanges(*rest[: len(of_plan)], max_parts=most, tile_rows=plan.tile_rows)
+        by_height = dict(zip(heights, rest[len(of_plan) :], strict=True))
+        return TritonPlan(count, decode_rows, prefill_rows, slots, lengths, decode_pages, pages, by_height, shared)
 
     def run(
         self,
@@ -92,6 +103,7 @@ class TritonBackend:
             paged_decode(
                 query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count],
                 new_key=key[:count], new_value=value[:count], write_rows=plan.decode_rows,
+                shared=plan.shared if layer.window is None else None,
             )  # fmt: skip
         if plan.tiles:
             rows = _rows_per_tile(layer)
@@ -126,6 +138,7 @@ class TritonCapturedDecode:
         return paged_decode(
             query, key_pool, value_pool, *tables, **options,
             new_key=key, new_value=value, write_rows=buffers.write_rows,
+            shared=buffers.shared if layer.window is None else None,
         )  # fmt: skip
 
 
@@ -145,6 +158,10 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
         packed[begin : begin + array.nbytes].view(dtype).view(array.shape)
         for begin, array, dtype in zip(begins, arrays, dtypes, strict=True)
     ]
+
+
+def _count(plan: SharedPlan) -> np.ndarray:
+    return np.array([len(plan.items)], dtype=np.int32)
 
 
 def _rows_per_tile(layer: LayerSpec) -> int:

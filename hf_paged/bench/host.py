@@ -28,6 +28,7 @@ class FakeExecutor(Executor):
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         if self._builder is not None:
+            self._builder.write_pages(batch)
             self._builder.build(batch)
         count = len(batch.decodes) + sum(len(chunk.samples) for chunk in batch.chunks)
         return lambda: StepResult([self._token] * count)

@@ -3,6 +3,7 @@ work."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.attention.select import choose_backend
+from hf_paged.attention.shared import SharedPlan, SharedPlanner
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk
@@ -103,6 +105,7 @@ class ModelExecutor(Executor):
         )
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
+        self._sharing = self._new_planner()
         self._processed = config.logprobs_mode == "processed_logprobs"
         self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=self._processed)
         self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
@@ -115,6 +118,20 @@ class ModelExecutor(Executor):
             return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
+
+    def _new_planner(self) -> SharedPlanner | None:
+        """Who plans what decodes read together, if the backend can and any layer would."""
+        layers = [layer for layer in self.layout.layers if layer.window is None]
+        if not self._backend.shares or not layers or self.layout.device.type != "cuda":
+            return None
+        layer = layers[0]
+        return SharedPlanner(
+            page_size=self.page_size,
+            token_bytes=layer.num_kv_heads * (layer.key_dim + layer.value_dim) * self._kv_dtype.itemsize,
+            kv_heads=layer.num_kv_heads,
+            group=max(layer.num_heads // layer.num_kv_heads for layer in self.layout.layers),
+            multiprocessors=torch.cuda.get_device_properties(self.layout.device).multi_processor_count,
+        )
 
     def _allocate(self) -> None:
         """The pools, and what is bound to their addresses."""
@@ -176,14 +193,17 @@ class ModelExecutor(Executor):
         if batch.copies:
             assert self.storage is not None
             self.storage.copy_pages(batch.copies)
+        writes = self._inputs.write_pages(batch)
+        shared = None
+        if self._sharing is not None:
+            shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
-            writes = self._inputs.write_pages(batch)
             fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes)
-            if fits and self._prepare_graph(len(batch.decodes)):
-                return self._replay(self._graphs, batch, writes)
+            if fits and self._prepare_graph(len(batch.decodes), shared is not None):
+                return self._replay(self._graphs, batch, writes, shared)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
-        return self._compute(batch)
+        return self._compute(batch, shared)
 
     def looks_ahead(self, request: Request) -> bool:
         return self._looks_ahead and self._samples_alone(request)
@@ -196,11 +216,11 @@ class ModelExecutor(Executor):
             return all(self._samples_alone(sequence.request) for sequence in sequences)
         return all(sequence.request.fused for sequence in sequences)
 
-    def _prepare_graph(self, count: int) -> bool:
-        """Whether there is a graph for so many decodes."""
+    def _prepare_graph(self, count: int, shares: bool) -> bool:
+        """Whether there is a graph for so many decodes, which read something together or do not."""
         assert self._graphs is not None
         try:
-            self._graphs.prepare(count)
+            self._graphs.prepare(count, shares)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
             self._graphs.give_up(count)
@@ -211,7 +231,9 @@ class ModelExecutor(Executor):
             return False
         return True
 
-    def _replay(self, graphs: DecodeGraphs, batch: Batch, writes: np.ndarray | None) -> Callable[[], StepResult]:
+    def _replay(
+        self, graphs: DecodeGraphs, batch: Batch, writes: np.ndarray | None, shared: SharedPlan | None
+    ) -> Callable[[], StepResult]:
         sources = self._inputs.sources(batch)
         if sources is not None and self._previous is not graphs.tokens:
             # The step before ran without a graph: its tokens go to where graphs look for them.
@@ -221,12 +243,12 @@ class ModelExecutor(Executor):
             graphs.tokens[: len(chosen)] = chosen
             sources[pending] = np.arange(len(chosen))
         assert self._device_sampler is not None
-        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params, writes)
+        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params, writes, shared)
         self._previous = graphs.tokens
         return lambda: _result(landing, batch.decodes)
 
-    def _compute(self, batch: Batch) -> Callable[[], StepResult]:
-        inputs = self._inputs.build(batch)
+    def _compute(self, batch: Batch, shared: SharedPlan | None) -> Callable[[], StepResult]:
+        inputs = self._inputs.build(batch, shared)
         logits = self._runner.forward(inputs, self._previous)
         sequences = batch.sampled()
         prompt_logprobs = self._prompt_logprobs(batch, inputs, logits)
@@ -255,9 +277,10 @@ class ModelExecutor(Executor):
     def warm_up(self) -> None:
         if self._graphs is not None:
             with self._in_order():
-                for size in self._graphs.sizes:
+                kinds = (False, True) if self._sharing is not None else (False,)
+                for size, shares in itertools.product(self._graphs.sizes, kinds):
                     if self._graphs is not None and self._graphs.holds(size):
-                        self._prepare_graph(size)
+                        self._prepare_graph(size, shares)
 
     # ---- weights and memory --------------------------------------------------------------------------------
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.backend import CapturableBackend, CapturedDecode, DecodeBuffers
+from hf_paged.attention.shared import SharedLimits, SharedPlan
 from hf_paged.engine.request import Sequence
+from hf_paged.kernels.shared_ranges import ITEM_FIELDS, SharedRanges
 from hf_paged.model.buffers import PackedBuffer
 from hf_paged.model.runner import ModelRunner, first_line
 from hf_paged.sampling.device import Landing, fill_parameters, parameter_fields, record, result_fields, sampling_rows
@@ -134,7 +136,19 @@ class DecodeGraphs:
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
         self._page_indices = torch.zeros(rows * max_pages, dtype=torch.int32, device=device)
-        self._captured: dict[int, _Captured] = {}
+        self._group = max(layer.num_heads // layer.num_kv_heads for layer in runner.layout.layers)
+        limits = SharedLimits.of(rows, self._group)
+        shared_fields = {
+            "items": (torch.int32, ITEM_FIELDS * limits.max_items),
+            "num_items": (torch.int32, 1),
+            "rows": (torch.int32, limits.max_rows),
+            "lengths": (torch.int32, rows),
+            "num_parts": (torch.int32, rows),
+        }
+        self._shared = PackedBuffer(shared_fields, device)
+        self._shared_plan: SharedPlan | None = None
+        """The one that the device has."""
+        self._captured: dict[tuple[int, bool], _Captured] = {}
         self._given_up: set[int] = set()
         self._recorder = recorder or CudaRecorder(device)
 
@@ -160,31 +174,40 @@ class DecodeGraphs:
         device = (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
         self._write_table(device[:-1], device[-1:], self.block_table)
 
-    def prepare(self, count: int) -> None:
+    def prepare(self, count: int, shares: bool = False) -> None:
         """Captures the graph for so many rows, if that has not been done.
+
+        Args:
+            shares: the one for steps with a plan of what rows share.
 
         Raises:
             CaptureFailed: see there.
             torch.OutOfMemoryError: there is no room for it.
         """
-        size = self._size(count)
-        if size not in self._captured:
-            self._captured[size] = self._capture(size)
+        kind = self._size(count), shares
+        if kind not in self._captured:
+            self._captured[kind] = self._capture(*kind)
 
     def launch(
-        self, sequences: list[Sequence], sources: np.ndarray | None, params: SlotParams, writes: np.ndarray | None
+        self,
+        sequences: list[Sequence],
+        sources: np.ndarray | None,
+        params: SlotParams,
+        writes: np.ndarray | None,
+        shared: SharedPlan | None = None,
     ) -> Landing:
         """Enqueues one step of decodes, whose graph was prepared.
 
         Args:
             sources: as in `StepInputs`, referring to `tokens`.
             writes: changes of the block table that come before the step, as in `write_pages`.
+            shared: what the rows share.
 
         Returns:
             the tokens to come; they are overwritten two launches later.
         """
         size = self._size(len(sequences))
-        captured = self._captured[size]
+        captured = self._captured[size, shared is not None]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
         fill_parameters(arrays, sequences, params)
@@ -197,11 +220,27 @@ class DecodeGraphs:
         if writes is not None:
             arrays["writes"][: writes.size] = writes.ravel()
         self._inputs.upload()
+        if shared is not None and shared is not self._shared_plan:
+            self._upload_shared(shared, arrays["slots"], size)
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         captured.replay()
         host = self._outputs.next()
         self._outputs.download()
         return Landing(host, record(), self.tokens)
+
+    def _upload_shared(self, shared: SharedPlan, slots: np.ndarray, size: int) -> None:
+        arrays = self._shared.next()
+        count = len(shared.lengths)
+        items = arrays["items"][: shared.items.size].reshape(shared.items.shape)
+        items[:] = shared.items
+        items[:, -1] = slots[shared.items[:, -1]]
+        arrays["num_items"][0] = len(items)
+        arrays["rows"][: len(shared.rows)] = shared.rows
+        for name in ("lengths", "num_parts"):
+            arrays[name][:count] = getattr(shared, name)
+            arrays[name][count:size] = 0
+        self._shared.upload()
+        self._shared_plan = shared
 
     def _size(self, count: int) -> int:
         return self.sizes[bisect.bisect_left(self.sizes, count)]
@@ -229,13 +268,17 @@ class DecodeGraphs:
 
     # ---- capture -------------------------------------------------------------------------------------------
 
-    def _capture(self, size: int) -> _Captured:
+    def _capture(self, size: int, shares: bool) -> _Captured:
         start = time.monotonic()
-        buffers = self._buffers(size)
+        buffers = self._buffers(size, shares)
         arrays = self._inputs.next()
         self._fill(arrays, [], None, size)
         arrays["num_writes"][0] = 0
         self._inputs.upload()
+        self._shared.device["num_items"].zero_()
+        self._shared.device["lengths"].zero_()
+        self._shared.device["num_parts"].zero_()
+        self._shared_plan = None
         tokens = self.tokens.clone()
         try:
             attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
@@ -252,8 +295,18 @@ class DecodeGraphs:
         logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
         return _Captured(replay, attention)
 
-    def _buffers(self, size: int) -> DecodeBuffers:
-        device = self._inputs.device
+    def _buffers(self, size: int, shares: bool) -> DecodeBuffers:
+        device, shared = self._inputs.device, self._shared.device
+        limits = SharedLimits.of(size, self._group)
+        ranges = SharedRanges(
+            shared["items"][: ITEM_FIELDS * limits.max_items].view(-1, ITEM_FIELDS),
+            shared["num_items"],
+            shared["rows"],
+            shared["lengths"][:size],
+            shared["num_parts"][:size],
+            max_parts=limits.max_parts,
+            tile_rows=limits.tile_rows,
+        )
         return DecodeBuffers(
             page_size=self._page_size,
             slots=device["slots"][:size],
@@ -263,6 +316,7 @@ class DecodeGraphs:
             page_indptr=device["page_indptr"][: size + 1],
             page_indices=self._page_indices,
             last_page_lengths=device["last_page_lengths"][:size],
+            shared=ranges if shares else None,
         )
 
     def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:

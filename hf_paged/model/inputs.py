@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_paged.attention.backend import AttentionBatch, PrefillSpan
+from hf_paged.attention.shared import SharedPlan
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.request import Sequence
 
@@ -64,9 +65,12 @@ class InputBuilder:
             return None
         return np.array([places[s] if s.num_pending else -1 for s in batch.decodes], dtype=np.int64)
 
-    def build(self, batch: Batch) -> StepInputs:
-        """Packs a batch's rows, decodes first."""
-        self.write_pages(batch)
+    def build(self, batch: Batch, shared: SharedPlan | None = None) -> StepInputs:
+        """Packs a batch's rows, decodes first. Its page writes are in the table already.
+
+        Args:
+            shared: what the decodes share.
+        """
         size = self.page_size
         decodes, chunks = batch.decodes, batch.chunks
         count = len(decodes)
@@ -112,6 +116,7 @@ class InputBuilder:
                 spans=spans,
                 write_pages=self.block_table[slot, position // size].astype(np.int64),
                 write_offsets=position % size,
+                shared=shared,
             ),
             logit_rows=np.array(logit_rows, dtype=np.int64),
             sample_rows=sample_rows,

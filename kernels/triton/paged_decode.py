@@ -11,7 +11,6 @@ The rows' own keys and values can come along: then they are written to their pag
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,61 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_paged.kernels.shared_ranges import SharedRanges
 from hf_paged.kernels.triton.append import FP8_MAX, to_pool, unit_stride
+from hf_paged.kernels.triton.blocks import LOG2E, block_tokens, padded_dim, pages_of, score_factors, scores_of
 from hf_paged.kernels.triton.device import multiprocessors
-
-LOG2E = math.log2(math.e)
-"""Scores are kept times this, since the hardware's exponential is to the base 2."""
-
-
-# ---- shared with paged_prefill ---------------------------------------------------------------------------------
-
-
-@triton.jit
-def pages_of(table_row, token, end, PAGE_SIZE: tl.constexpr):
-    """int32, the tokens' pages; those at `end` and beyond may lie beyond the table, and get some page."""
-    return tl.load(table_row + token // PAGE_SIZE, mask=token < end, other=0)
-
-
-@triton.jit
-def scores_of(products, score_scale, cap, HAS_SOFTCAP: tl.constexpr):
-    """Scores times log2(e) out of query-key products; `score_scale` and `cap` are `score_factors`'."""
-    if HAS_SOFTCAP:
-        # cap * tanh(x), with tanh(x) = 1 - 2 / (1 + exp(2 x)): right at both ends, where exp is inf or 0.
-        return cap - 2 * cap / (1 + tl.exp2(products * score_scale))
-    else:
-        return products * score_scale
-
-
-def score_factors(scaling: float, key_scale: float, softcap: float | None) -> tuple[float, float]:
-    """The two factors of `scores_of`."""
-    if softcap is None:
-        return scaling * key_scale * LOG2E, 0.0
-    return 2 * LOG2E * scaling * key_scale / softcap, softcap * LOG2E
-
-
-def padded_dim(dim: int) -> int:
-    """A head dimension as the tensor cores take it: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def block_tokens(key_dim: int, value_dim: int, element_bytes: int, num_warps: int, block_bytes: int = 2**15) -> int:
-    """Tokens whose keys and values of one head, padded, fill `block_bytes`; a power of two, 16 at least.
-
-    At most half as many as there are threads: then Triton lets each thread load the page ids it needs itself, and does
-    not pass them round through shared memory.
-    """
-    tokens = block_bytes // ((padded_dim(key_dim) + padded_dim(value_dim)) * element_bytes)
-    return min(16 * num_warps, max(16, 1 << (tokens.bit_length() - 1)))
-
+from hf_paged.kernels.triton.shared_prefix import add_shared_parts, attend_shared
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _blocks_of(length, window, num_splits, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First token seen, first block of tokens, the block after the last, and blocks per part."""
-    begin = 0
+def _blocks_of(length, shared, window, num_splits, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First token to be read, first block of tokens, the block after the last, and blocks per part."""
+    begin = shared
     if HAS_WINDOW:
         begin = tl.maximum(length - window, 0)
     first = begin // BLOCK_N
@@ -84,7 +41,7 @@ def _blocks_of(length, window, num_splits, HAS_WINDOW: tl.constexpr, BLOCK_N: tl
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def _decode(
     query, key_pool, value_pool, block_table, slots, lengths, sinks, new_key, new_value, write_rows,
-    out, part_out, part_lse,
+    shared_lengths, num_shared, shared_out, shared_lse, out, part_out, part_lse,
     query_row_stride, query_head_stride, key_row_stride, key_head_stride, value_row_stride, value_head_stride,
     out_row_stride, out_head_stride, table_stride,
     window, score_scale, cap, key_scale, value_scale,
@@ -100,11 +57,14 @@ def _decode(
     # Asked for together: what one load waits for, the others have waited for too.
     slot = tl.load(slots + row).to(tl.int64)
     length = tl.load(lengths + row)
+    shared, shared_parts = 0, 0
+    if shared_lengths is not None:
+        shared, shared_parts = tl.load(shared_lengths + row), tl.load(num_shared + row)
     stored = length  # tokens to be read from the pages
     if new_key is not None:
         write_row = tl.load(write_rows + row)
         stored -= (write_row >= 0).to(tl.int32)
-    begin, first_block, last_block, blocks = _blocks_of(length, window, num_splits, HAS_WINDOW, BLOCK_N)
+    begin, first_block, last_block, blocks = _blocks_of(length, shared, window, num_splits, HAS_WINDOW, BLOCK_N)
     first_block += split * blocks
     end_block = tl.minimum(first_block + blocks, last_block)
     if first_block >= end_block:
@@ -147,6 +107,11 @@ def _decode(
         total = tl.where(mine, 1.0, total)
         acc = tl.where(mine, v_new.to(q.dtype).to(tl.float32)[None, :], acc)
         end_block = tl.minimum(end_block, tl.cdiv(stored, BLOCK_N))
+    if shared_lengths is not None:
+        acc, total, peak = add_shared_parts(
+            acc, total, peak, shared_out, shared_lse, tl.where(split == 0, shared_parts, 0), row, tl.num_programs(1),
+            head, member < GROUP, KV_HEADS * GROUP, VALUE_DIM, BLOCK_VALUE,
+        )  # fmt: skip
     for _ in range(first_block, end_block):
         # What is not seen is not loaded either: it may be NaN, and 0 times NaN is NaN.
         seen = (token >= begin) & (token < stored)
@@ -189,14 +154,18 @@ def _decode(
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _merge(
-    part_out, part_lse, lengths, sinks, out, out_row_stride, out_head_stride, window, num_splits, value_scale,
+    part_out, part_lse, lengths, shared_lengths, sinks, out, out_row_stride, out_head_stride,
+    window, num_splits, value_scale,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, LOG2: tl.constexpr,
 ):  # fmt: skip
     """One row and head: parts weighted by their share of the sum of exponentials."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, first, end, blocks = _blocks_of(tl.load(lengths + row), window, num_splits, HAS_WINDOW, BLOCK_N)
+    shared = 0
+    if shared_lengths is not None:
+        shared = tl.load(shared_lengths + row)
+    _, first, end, blocks = _blocks_of(tl.load(lengths + row), shared, window, num_splits, HAS_WINDOW, BLOCK_N)
     used = tl.cdiv(end - first, blocks)  # parts beyond were never written
 
     value_dim = tl.arange(0, BLOCK_VALUE)
@@ -318,6 +287,7 @@ def paged_decode(
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
     write_rows: Tensor | None = None,
+    shared: SharedRanges | None = None,
 ) -> Tensor:
     """Attention of B rows, each over the keys of its own sequence, which include the row's own.
 
@@ -344,6 +314,8 @@ def paged_decode(
             in the pools' place of `write_rows`.
         write_rows: int64 `[B]`: `page * page_size + offset`, the place of position `length - 1`; a negative one is
             padding: nothing is written, and the row attends to what is in the pages alone. Given with `new_key`.
+        shared: tokens that rows share, whose pages are then read once for all of them. Every row has at least one token
+            that is not shared. Without a window only.
 
     Returns:
         `[B, H, Dv]` in the query's dtype. Products are taken in the query's dtype, sums in float32; a float32 query is
@@ -369,6 +341,13 @@ def paged_decode(
         max_blocks = -(-block_table.shape[1] * page_size // config.block_n)
         num_splits = choose_num_splits(programs, num_multiprocessors, max_blocks)
     score_scale, cap = score_factors(scaling, key_scale, softcap)
+    prefix: tuple[Tensor | None, ...] = (None, None, None, None)
+    if shared is not None:
+        assert window is None
+        found = attend_shared(
+            query, key_pool, value_pool, block_table, shared, scaling=scaling, softcap=softcap, key_scale=key_scale
+        )
+        prefix = (shared.lengths, shared.num_parts, *found)
     part_out = part_lse = None
     if num_splits > 1:
         part_out = query.new_empty(rows, heads, num_splits, value_dim, dtype=torch.float32)
@@ -377,7 +356,7 @@ def paged_decode(
     with torch.cuda.device_of(query):
         _decode[(kv_heads, rows, num_splits)](
             query, key_pool, value_pool, block_table, slots, lengths, sinks, new_key, new_value, write_rows,
-            out, part_out, part_lse,
+            *prefix, out, part_out, part_lse,
             query.stride(0), query.stride(1), *new_strides, out.stride(0), out.stride(1), block_table.stride(0),
             window or 0, score_scale, cap, key_scale, value_scale,
             GROUP=group, KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
@@ -389,7 +368,7 @@ def paged_decode(
         )  # fmt: skip
         if num_splits > 1:
             _merge[(heads, rows)](
-                part_out, part_lse, lengths, sinks, out,
+                part_out, part_lse, lengths, prefix[0], sinks, out,
                 out.stride(0), out.stride(1), window or 0, num_splits, value_scale,
                 HEADS=heads, VALUE_DIM=value_dim, BLOCK_N=config.block_n, BLOCK_S=8, BLOCK_VALUE=block_value,
                 HAS_WINDOW=window is not None, LOG2=LOG2E, num_warps=1 if block_value <= 128 else 2,

@@ -19,56 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_paged.kernels.triton.append import unit_stride
-from hf_paged.kernels.triton.paged_decode import LOG2E, block_tokens, padded_dim, pages_of, score_factors, scores_of
+from hf_paged.kernels.triton.blocks import LOG2E, attend_blocks, block_tokens, padded_dim, score_factors
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _attend(
-    acc, total, peak, q, place, first_block, end_block, begin, end,
-    key_pool, value_pool, table_row, kv_head, window, score_scale, cap,
-    KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The running softmax over some blocks of tokens. Without `MASKED`, every row sees all of them."""
-    key_dim, value_dim = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
-    token = first_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    page = pages_of(table_row, token, end, PAGE_SIZE)
-    for _ in range(first_block, end_block):
-        # What no row sees is not loaded: it may be NaN, and 0 times NaN is NaN.
-        wanted = (token >= begin) & (token < end)
-        at = (page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE) * KV_HEADS + kv_head
-        k = tl.load(
-            key_pool + at[:, None] * KEY_DIM + key_dim[None, :],
-            mask=wanted[:, None] & (key_dim < KEY_DIM)[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            value_pool + at[:, None] * VALUE_DIM + value_dim[None, :],
-            mask=wanted[:, None] & (value_dim < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        scores = scores_of(tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee"), score_scale, cap, HAS_SOFTCAP)
-        if MASKED:
-            seen = token[None, :] <= place[:, None]
-            if HAS_WINDOW:
-                seen &= token[None, :] > place[:, None] - window
-            scores = tl.where(seen, scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        anchor = new_peak
-        if HAS_WINDOW:
-            # A row's window may begin in a later block than the tile's first row's.
-            anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - anchor)
-        weights = tl.exp2(scores - anchor[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
-        peak = new_peak
-        token += BLOCK_N
-        page = pages_of(table_row, token, end, PAGE_SIZE)
-    return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["table_stride", "window"])
@@ -111,13 +64,13 @@ def _prefill(
         edge = begin // BLOCK_N  # blocks are masked from here on: all of them
     else:
         edge = (position + 1) // BLOCK_N  # the blocks before lie wholly below the diagonal
-        acc, total, peak = _attend(
+        acc, total, peak = attend_blocks(
             acc, total, peak, q, place, 0, edge, begin, end,
             key_pool, value_pool, table_row, kv_head, window, score_scale, cap,
             KV_HEADS, KEY_DIM, VALUE_DIM, PAGE_SIZE, BLOCK_N, BLOCK_KEY, BLOCK_VALUE,
             HAS_WINDOW, HAS_SOFTCAP, MASKED=False,
         )  # fmt: skip
-    acc, total, peak = _attend(
+    acc, total, peak = attend_blocks(
         acc, total, peak, q, place, edge, tl.cdiv(end, BLOCK_N), begin, end,
         key_pool, value_pool, table_row, kv_head, window, score_scale, cap,
         KV_HEADS, KEY_DIM, VALUE_DIM, PAGE_SIZE, BLOCK_N, BLOCK_KEY, BLOCK_VALUE,

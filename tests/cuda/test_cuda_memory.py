@@ -337,9 +337,8 @@ def test_generation_in_modes_of_the_callers(expected: list[list[int]]) -> None:
 
 def test_generation_under_a_default_device(expected: list[list[int]]) -> None:
     """What is the host's stays on the host."""
-    batch = padded(PROMPTS)
+    batch, model = padded(PROMPTS), wrap(make(), compile="off")
     with torch.device(DEVICE):
-        model = wrap(make(), compile="off")
         assert answers(model.generate_many(PROMPTS, greedy())) == expected
         found = model.generate(**batch, do_sample=False, max_new_tokens=NEW)
         assert len(model.generate_many(PROMPTS[:1], SamplingParams(n=3, max_tokens=4))[0].outputs) == 3

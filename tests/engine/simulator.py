@@ -82,6 +82,7 @@ class PagedExecutor(FakeExecutor):
         self.cache = np.full((num_pages, page_size), -1, dtype=np.int64)
 
     def execute(self, batch: Batch) -> StepResult:
+        self._inputs.write_pages(batch)
         inputs = self._inputs.build(batch)
         attention, size, cache = inputs.attention, inputs.attention.page_size, self.cache
         for source, target in batch.copies:
@@ -265,6 +266,7 @@ class _TimedExecutor(FakeExecutor):
         self.builder = builder
 
     def execute(self, batch: Batch) -> StepResult:
+        self.builder.write_pages(batch)
         self.builder.build(batch)
         return StepResult([1] * len(batch.sampled()))
 
