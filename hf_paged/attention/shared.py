@@ -20,14 +20,14 @@ TILE_LINES, MAX_TILE_ROWS = 64, 16
 ROOM = 2048
 """Parts times rows that there is room for: of 32 heads of 128, 32 MiB."""
 
-L2_SPEEDUP = 2.5
-"""How much faster than from memory pages are read that a neighbour has just read."""
-OVERLAP = 0.75
-"""How much of the shorter one of two streams (memory, L2) hides behind the longer one."""
-PART_TOKENS = 16.0
-"""Writing and reading a row's part costs about as much as reading so many tokens."""
-LAUNCH_BYTES = 12e6
-"""What memory delivers while a further kernel starts and ends."""
+FIRST_READ, AGAIN = 0.87, 0.37
+"""What plain decode takes for a token that nobody has read before, and for one that a neighbour has just read and that
+is in the L2 therefore, in units of reading a token from memory at 3 TB/s. With FIXED_BYTES, fitted to the measurements
+in docs/benchmarks.md, within 10%."""
+FIXED_BYTES = 70e6
+"""What could be read while a second kernel starts, ends, and hands over what it has found."""
+WORTH_TOKENS = 32
+"""Tokens that must be saved for each row of an item."""
 GAIN = 0.97
 """Sharing must be estimated to take this much of the plain time, or less."""
 
@@ -119,12 +119,11 @@ class SharedPlanner:
     def _pays(self, plan: SharedPlan, ranges: list[SharedRange], stored: np.ndarray) -> bool:
         """Compares estimates of both ways' time, in tokens read from memory."""
         total = float(stored.sum())
-        distinct = total - sum((len(r.rows) - 1) * (r.end - r.begin) for r in ranges)
-        plain = max(total / L2_SPEEDUP, distinct)
-        plain += (1 - OVERLAP) * min((total - distinct) / L2_SPEEDUP, distinct)
-        saved = float(((plan.items[:, 1] - 1) * (plan.items[:, 3] - plan.items[:, 2])).sum())
-        extra = PART_TOKENS * float(plan.num_parts.sum()) + LAUNCH_BYTES / self._token_bytes
-        return total - saved + extra < GAIN * plain
+        repeated = sum((len(r.rows) - 1) * (r.end - r.begin) for r in ranges)
+        distinct = total - repeated
+        spared = float(((plan.items[:, 1] - 1) * (plan.items[:, 3] - plan.items[:, 2])).sum())
+        together = distinct + AGAIN * (repeated - spared) + FIXED_BYTES / self._token_bytes
+        return together < GAIN * (FIRST_READ * distinct + AGAIN * repeated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +211,7 @@ def make_plan(ranges: list[SharedRange], batch: int, limits: SharedLimits, wante
 
 
 def _worth(count: int, length: int) -> bool:
-    return (count - 1) * length > 2 * PART_TOKENS * count
+    return (count - 1) * length > WORTH_TOKENS * count
 
 
 def _cut(begin: int, end: int, longest: int, most: int) -> list[tuple[int, int]]:

@@ -114,7 +114,7 @@ def planner() -> SharedPlanner:
 def block_table(groups: list[list[Sequence]], shared: int) -> np.ndarray:
     """Samples share the pages of the first `shared` tokens."""
     sequences = [sequence for own in groups for sequence in own]
-    table = np.arange(1, 1 + len(sequences) * 400, dtype=np.int32).reshape(len(sequences), 400)
+    table = np.arange(1, 1 + len(sequences) * 600, dtype=np.int32).reshape(len(sequences), 600)
     for own in groups:
         table[[s.slot for s in own], : shared // PAGE] = table[own[0].slot, : shared // PAGE]
     return table
@@ -136,8 +136,8 @@ def test_a_little_in_common_is_not_worth_a_kernel() -> None:
 
 
 def test_a_few_rows_are_spread_over_the_device() -> None:
-    own = group(4096, 8, 10)
-    plan = planner().plan(own, block_table([own], 4096))
+    own = group(8192, 16, 128)
+    plan = planner().plan(own, block_table([own], 8192))
     assert plan is not None and len(plan.items) >= 16
 
 
