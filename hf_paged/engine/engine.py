@@ -17,6 +17,7 @@ from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.output import OutputProcessor
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.engine.stats import EngineStats, StepRecord
 from hf_paged.engine.turn import Turn
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
@@ -28,41 +29,13 @@ Deliver = Callable[[RequestOutput], None]
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one step did, for observers."""
-
-    step: int
-    start_s: float
-    """`time.monotonic()` when it began."""
-    duration_s: float
-    decodes: list[tuple[str, int]]
-    """(request id, sample index) of each decoding sequence."""
-    chunks: list[tuple[str, int, int]]
-    """(request id, sample index, tokens) of each piece of prefill."""
-    num_waiting: int
-    active_pages: int
-    """Pages that running sequences hold."""
-    cached_pages: int
-    """Pages that only the prefix cache holds."""
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Totals since the engine was made."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Tokens of prefill computed (recomputed ones included)."""
-    generation_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Flight:
     """A step that was launched and whose results are not known yet."""
 
     batch: Batch
     land: Callable[[], StepResult]
     start_s: float
+    weight_version: int
 
 
 class Engine:
@@ -94,6 +67,9 @@ class Engine:
         self._turn = Turn()
         """Taken while a step is computed, or the inbox read."""
         self._used = False
+        self._weight_version = 0
+        self._announced = False
+        """Whether a change of the weights was counted since they were last looked at."""
         self._flight: _Flight | None = None
         self._landed_s = 0.0
         self._held: set[str] = set()
@@ -141,9 +117,29 @@ class Engine:
         """Whether any request, of whatever caller, is not done, or an output waits to be returned by `step`."""
         return bool(self._requests or self._inbox or self._unclaimed)
 
-    def weights_updated(self) -> None:
-        """Says that the weights changed, in case a change could go unseen while requests are running."""
-        self._inbox.append(self._flush)
+    @property
+    def weight_version(self) -> int:
+        """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
+        while requests are unfinished, by a look at the weights when it gets work again."""
+        return self._weight_version
+
+    def weights_updated(self, kv: str = "keep") -> None:
+        """Says that the weights changed, in case a change could go unseen while requests are running.
+
+        Cached prefixes are forgotten.
+
+        Args:
+            kv: what becomes of the keys and values of unfinished requests. "keep": they stay as the old weights made
+                them. "recompute": they are computed again from the tokens so far, which stay.
+
+        Raises:
+            ValueError: another `kv`.
+        """
+        if kv not in ("keep", "recompute"):
+            raise ValueError(f'kv must be "keep" or "recompute", got {kv!r}')
+        self._inbox.append(self._weights_changed)
+        if kv == "recompute":
+            self._inbox.append(self._start_over)
         if not self._turn.mine:
             self._take_turn(self._read_inbox)
 
@@ -183,7 +179,9 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
-        self.weights_updated()
+        self._inbox.append(self._flush)
+        if not self._turn.mine:
+            self._take_turn(self._read_inbox)
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 
@@ -273,7 +271,7 @@ class Engine:
         if not batch:
             return None
         try:
-            flight = _Flight(batch, self.executor.launch(batch), start)
+            flight = _Flight(batch, self.executor.launch(batch), start, self._weight_version)
         except torch.OutOfMemoryError:
             if retry:
                 raise
@@ -290,10 +288,7 @@ class Engine:
             self._purge()
 
     def _shrink(self) -> None:
-        """After running out of memory: what is under way lands, and everything starts over in smaller batches."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._land(flight)
+        """After running out of memory: everything starts over in smaller batches."""
         scheduler = self.scheduler
         scheduler.shrink()
         logger.warning(
@@ -301,12 +296,19 @@ class Engine:
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
         )
-        scheduler.recover(request for request, _ in self._requests.values())
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """What is under way lands, and everything unfinished is computed again from its tokens."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+        self.scheduler.recover([request for request, _ in self._requests.values()])
 
     def _land(self, flight: _Flight) -> None:
         result = flight.land()
         start, self._landed_s = max(flight.start_s, self._landed_s), time.monotonic()
-        touched = self._append(flight.batch, result)
+        touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
         self._report(touched)
@@ -319,9 +321,9 @@ class Engine:
         self.executor.wipe(list(range(self.scheduler.pool.num_touched)))
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
-    def _append(self, batch: Batch, result: StepResult) -> list[Request]:
+    def _append(self, flight: _Flight, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
-        now = time.monotonic()
+        batch, version, now = flight.batch, flight.weight_version, time.monotonic()
         touched: dict[str, Request] = {}
         if result.prompt_logprobs is not None:
             for chunk, found in zip(batch.chunks, result.prompt_logprobs, strict=True):
@@ -343,6 +345,8 @@ class Engine:
                 entry = result.logprobs[place]
                 if entry is not None:
                     sequence.logprobs[sequence.num_generated :] = [entry]
+            if not sequence.weight_runs or sequence.weight_runs[-1][0] != version:
+                sequence.weight_runs.append((version, sequence.num_generated))
             self.scheduler.append(sequence, result.tokens[place])
             self.stats.generation_tokens += 1
             self._end(sequence)
@@ -424,8 +428,8 @@ class Engine:
     # ---- the inbox -----------------------------------------------------------------------------------------
 
     def _read_inbox(self) -> None:
-        if self._used and self.executor.optimizer_stepped():
-            self._flush()
+        if self._requests and self.executor.optimizer_stepped():
+            self._weights_changed()
         while self._inbox:
             self._inbox[0]()  # may be done twice if it is interrupted, and must not mind
             self._inbox.popleft()
@@ -433,9 +437,7 @@ class Engine:
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests:
             self.scheduler.unshrink()
-            self.executor.prepare()
-            if self.scheduler.enable_prefix_caching and self.executor.weights_changed():
-                self._flush()
+            self._look_over()
         self._used = True
         for request in requests:
             if request.request_id in self._requests:
@@ -453,6 +455,23 @@ class Engine:
         self._report(known)
         if not self._requests:
             self._drain()
+
+    def _look_over(self) -> None:
+        """Before the first step after a time without any: the model may be another than it was."""
+        self.executor.prepare()
+        changed = self.executor.weights_changed()
+        if changed and self._used and not self._announced:
+            self._weights_changed()
+        self._announced = False
+
+    def _weights_changed(self) -> None:
+        """What is launched from here on is computed with other weights."""
+        self._weight_version += 1
+        self._flush()
+        if self._requests:
+            self.executor.weights_changed()  # the next look compares with these
+        else:
+            self._announced = True
 
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()

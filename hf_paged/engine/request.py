@@ -45,6 +45,8 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One entry per generated token, where the request asked for them."""
+    weight_runs: list[tuple[int, int]] = field(default_factory=list)
+    """(version of the weights, the first generated token computed with it), in order."""
     text: SequenceText | None = None
     """Its text so far, where somebody reads along; the output processor's."""
     num_reported: int = 0
@@ -62,6 +64,13 @@ class Sequence:
     @property
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def weight_versions(self) -> list[int]:
+        """Per generated token, the version of the weights that computed it."""
+        ends = [start for _, start in self.weight_runs[1:]] + [self.num_generated]
+        runs = zip(self.weight_runs, ends, strict=False)  # before the first token there is no run
+        return [version for (version, start), end in runs for _ in range(start, end)]
 
     @property
     def finished(self) -> bool:
