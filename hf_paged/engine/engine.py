@@ -13,6 +13,7 @@ import torch
 
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.executor import Executor, StepResult
+from hf_paged.engine.gate import Gate
 from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.output import OutputProcessor
 from hf_paged.engine.request import Request, Sequence
@@ -66,7 +67,9 @@ class Engine:
         self._adding = threading.Lock()
         self._turn = Turn()
         """Taken while a step is computed, or the inbox read."""
-        self._used = False
+        self.gate = Gate()
+        """Closed while the engine is paused."""
+        self._saw_weights = False
         self._weight_version = 0
         self._announced = False
         """Whether a change of the weights was counted since they were last looked at."""
@@ -93,7 +96,10 @@ class Engine:
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step and returns the outputs it changed, of requests that were added with `add_request`."""
+        """Computes one step and returns the outputs it changed, of requests that were added with `add_request`.
+
+        Paused, it computes nothing and returns what there is.
+        """
         outputs: list[RequestOutput] = []
 
         def work() -> None:
@@ -108,10 +114,7 @@ class Engine:
         """Ends requests, keeping what they have so far; their last output says finish_reason "abort". Unknown ids are
         fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self._inbox.append(lambda: self._abort(ids))
-        if self._turn.mine:
-            return  # from inside a step: the next one sees to it
-        self._take_turn(self._read_inbox)
+        self._ask(lambda: self._abort(ids))
 
     def has_unfinished(self) -> bool:
         """Whether any request, of whatever caller, is not done, or an output waits to be returned by `step`."""
@@ -137,11 +140,28 @@ class Engine:
         """
         if kv not in ("keep", "recompute"):
             raise ValueError(f'kv must be "keep" or "recompute", got {kv!r}')
-        self._inbox.append(self._weights_changed)
-        if kv == "recompute":
-            self._inbox.append(self._start_over)
-        if not self._turn.mine:
-            self._take_turn(self._read_inbox)
+        self._ask(self._weights_changed, *([self._start_over] if kv == "recompute" else []))
+
+    @property
+    def paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not yet."""
+        return self.gate.closed
+
+    def pause(self) -> None:
+        """From here to `resume` no step is computed. The one under way is finished, and its outputs are delivered.
+
+        Unfinished requests keep their tokens, keys and values; new ones are accepted and wait; aborts work. Threads
+        that wait for outputs wait on, whereas `generate_many` and the like in the thread that paused raise a
+        RuntimeError. The weights may be changed in any way. A second pause changes nothing, and one resume ends both.
+        """
+        # In the middle of a step, that is in a processor or an observer, it is anybody's thread.
+        by = None if self._turn.mine else threading.current_thread()
+        self._ask(lambda: self._pause(by))
+
+    def resume(self) -> None:
+        """Ends a pause, from whatever thread. The weights are looked at: if they have changed meanwhile,
+        `weight_version` goes up. Without a pause it does nothing."""
+        self._ask(self._resume)
 
     def warm_up(self) -> None:
         """Compiles and captures now what decode steps would otherwise compile and capture when it is first needed, so
@@ -155,13 +175,14 @@ class Engine:
         self._take_turn(work)
 
     def sleep(self, level: int = 1) -> None:
-        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten.
+        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten; what is
+        unfinished in a paused engine is computed again from its tokens later.
 
         Args:
             level: 1, the only one: the weights belong to the model and stay.
 
         Raises:
-            RuntimeError: requests are unfinished.
+            RuntimeError: requests are unfinished, and the engine is not paused.
         """
         if level != 1:
             raise ValueError(
@@ -179,9 +200,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
-        self._inbox.append(self._flush)
-        if not self._turn.mine:
-            self._take_turn(self._read_inbox)
+        self._ask(self._flush)
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 
@@ -217,7 +236,11 @@ class Engine:
         """Submits requests and yields their outputs as they come, until all are finished.
 
         Leaving early (an exception, Ctrl-C, closing the iterator) aborts those that are not.
+
+        Raises:
+            RuntimeError: the calling thread has paused the engine.
         """
+        self.gate.check()
         box: deque[RequestOutput] = deque()
         unfinished = {request.request_id for request in requests}
         try:
@@ -230,6 +253,8 @@ class Engine:
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
+                if unfinished:
+                    self.gate.wait(lambda: bool(box))
         finally:
             if unfinished:
                 self.abort(unfinished)
@@ -254,6 +279,8 @@ class Engine:
     def _step(self) -> None:
         """Lands one step, and has the next one on its way before that where it may."""
         self._read_inbox()
+        if self.gate.closed:
+            return
         if self._flight is None:
             self._flight = self._launch()
         if self._flight is None:
@@ -298,11 +325,15 @@ class Engine:
         )
         self._start_over()
 
-    def _start_over(self) -> None:
-        """What is under way lands, and everything unfinished is computed again from its tokens."""
+    def _land_flight(self) -> None:
+        """Leaves nothing in the air."""
         flight, self._flight = self._flight, None
         if flight is not None:
             self._land(flight)
+
+    def _start_over(self) -> None:
+        """What is under way lands, and everything unfinished is computed again from its tokens."""
+        self._land_flight()
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
     def _land(self, flight: _Flight) -> None:
@@ -384,6 +415,8 @@ class Engine:
                 self._ids.discard(request.request_id)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
+        if self.gate.closed:
+            self.gate.notify()
 
     def _output(self, request: Request) -> RequestOutput | None:
         try:
@@ -413,19 +446,28 @@ class Engine:
 
     def _sleep(self) -> None:
         self._read_inbox()
-        if self._requests:
-            raise RuntimeError(f"{len(self._requests)} requests are unfinished: finish or abort them before sleep()")
+        if self._requests and not self.gate.closed:
+            raise RuntimeError(
+                f"{len(self._requests)} requests are unfinished: finish or abort them before sleep(), or pause()"
+            )
         self._drain()
-        self._flush()
+        self._start_over()
         self.executor.sleep()
 
     def _close(self) -> None:
         self._read_inbox()
         self._abort(list(self._requests))
         self._drain()
+        self.gate.open()
         self.executor.close()
 
     # ---- the inbox -----------------------------------------------------------------------------------------
+
+    def _ask(self, *work: Callable[[], None]) -> None:
+        """Has work done between two steps: now, or after the step in the middle of which this is called."""
+        self._inbox.extend(work)
+        if not self._turn.mine:
+            self._take_turn(self._read_inbox)
 
     def _read_inbox(self) -> None:
         if self._requests and self.executor.optimizer_stepped():
@@ -437,8 +479,8 @@ class Engine:
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests:
             self.scheduler.unshrink()
-            self._look_over()
-        self._used = True
+            if not self.gate.closed:
+                self._look_over()
         for request in requests:
             if request.request_id in self._requests:
                 continue
@@ -458,11 +500,12 @@ class Engine:
 
     def _look_over(self) -> None:
         """Before the first step after a time without any: the model may be another than it was."""
-        self.executor.prepare()
+        if self.executor.prepare() and self._requests:
+            self._start_over()
         changed = self.executor.weights_changed()
-        if changed and self._used and not self._announced:
+        if changed and self._saw_weights and not self._announced:
             self._weights_changed()
-        self._announced = False
+        self._saw_weights, self._announced = True, False
 
     def _weights_changed(self) -> None:
         """What is launched from here on is computed with other weights."""
@@ -472,6 +515,15 @@ class Engine:
             self.executor.weights_changed()  # the next look compares with these
         else:
             self._announced = True
+
+    def _pause(self, by: threading.Thread | None) -> None:
+        self.gate.close(by)
+        self._land_flight()
+
+    def _resume(self) -> None:
+        if self.gate.closed and self._requests:
+            self._look_over()
+        self.gate.open()
 
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()

@@ -257,18 +257,19 @@ class ModelExecutor(Executor):
         kind = self.layout.device.type
         return self._watch.signs(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         self.wake_up()
         if self._read_signs() == self._signs:
-            return
+            return False
         with self._in_order():
             if self._fused is not None and not self._fused.intact():
                 logger.info("parameters moved: linear layers are fused anew")
                 self._watch.forget()
                 self._fused.release()
                 self._fused = self._runner.fused = self._fuse()
-            self._graphs = self._new_graphs()
+            self._graphs = self._new_graphs()  # with an empty block table
         self._signs = self._read_signs()
+        return True
 
     def weights_changed(self) -> bool:
         return self._watch.changed()
