@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
-from hf_paged.engine.batch import Batch
+from hf_paged.engine.batch import Batch, Chunk
 from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.gate import Gate
 from hf_paged.engine.intake import Intake, Prompt
@@ -362,6 +364,10 @@ class Engine:
                 if request.sampling.prompt_logprobs is not None and not chunk.sequence.num_generated:
                     known = request.prompt_logprobs if chunk.start and request.prompt_logprobs else [None]
                     request.prompt_logprobs = known[: chunk.start + 1] + list(found)
+        if result.scores is not None:
+            for chunk, scores in zip(batch.chunks, result.scores, strict=True):
+                if chunk.sequence.request.scored is not None and self._score(chunk, scores):
+                    touched[chunk.sequence.request.request_id] = chunk.sequence.request
         for place, sequence in enumerate(batch.sampled()):
             request = sequence.request
             if sequence.finish_reason is not None:
@@ -382,6 +388,19 @@ class Engine:
             self.stats.generation_tokens += 1
             self._end(sequence)
         return list(touched.values())
+
+    def _score(self, chunk: Chunk, scores: list[float]) -> bool:
+        """Keeps what a chunk tells about a request that is only scored. Returns whether this ended it."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        if sequence.finish_reason is not None:
+            return False
+        request.scores[max(chunk.start - (request.logits_from or 0), 0) :] = scores
+        if any(map(math.isnan, scores)):
+            error = f"request {request.request_id!r}: cannot be scored, the model's logits are not finite"
+            self._fail(request, NonFiniteLogits(error))
+        elif chunk.start + chunk.length == request.num_prompt:
+            self.scheduler.finish(sequence, "stop")
+        return sequence.finished
 
     def _end(self, sequence: Sequence) -> None:
         """Finishes a sequence if its last token ends it."""
@@ -531,7 +550,8 @@ class Engine:
 
 def _poisons(result: StepResult) -> bool:
     """Whether a step may have left keys and values that are not numbers."""
-    return any(isinstance(error, NonFiniteLogits) for error in result.errors.values())
+    errors = any(isinstance(error, NonFiniteLogits) for error in result.errors.values())
+    return errors or any(map(math.isnan, chain.from_iterable(result.scores or ())))
 
 
 def _name(sequence: Sequence) -> tuple[str, int]:

@@ -22,6 +22,8 @@ class StepResult:
     """By place in `Batch.sampled()`: sequences whose sampling failed; their tokens mean nothing."""
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     """Per chunk, for the prompt tokens that follow its rows; None when nobody asked."""
+    scores: list[list[float]] | None = None
+    """Per chunk, the log-probabilities of those of `Request.scored` that follow its rows; None when nobody asked."""
 
 
 class Executor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_paged.engine.request import Hooks, Request
-from hf_paged.sampling_params import SamplingParams
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,33 @@ class Intake:
             hooks=hooks,
         )
 
+    def scored_request(self, prompt: list[int], completion: list[int], temperature: float) -> Request:
+        """A request for the log-probabilities of a completion, at this temperature; see `Request.scored`.
+
+        Args:
+            prompt, completion: token ids, at least one of each.
+
+        Raises:
+            TypeError, ValueError: a bad temperature, or ids that are outside the vocabulary, missing, or too many.
+        """
+        self._check_ids(prompt)
+        self._check_ids(completion, "completion")
+        total = len(prompt) + len(completion)
+        if total > self.max_model_len:
+            raise ValueError(
+                f"prompt and completion have {len(prompt)} and {len(completion)} tokens, and the model's length is "
+                f"{self.max_model_len}. Shorten them, or raise max_model_len if the model allows it."
+            )
+        sampling = SamplingParams(
+            temperature=temperature,
+            logprobs_mode="scaled_logprobs",
+            max_tokens=1,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = f"request-{next(self._numbers)}"
+        return Request(name, (prompt + completion)[:-1], sampling, scored=completion)
+
     # ---- prompts -------------------------------------------------------------------------------------------
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -122,6 +149,16 @@ class Intake:
             f"got {_describe(prompt)}"
         )
 
+    def tokenize_completion(self, completion: str | Sequence[int] | torch.Tensor | np.ndarray) -> list[int]:
+        """Text, without the special tokens that a tokenizer begins a text with, or token ids."""
+        if isinstance(completion, str):
+            return list(self._need_tokenizer("a text completion")(completion, add_special_tokens=False)["input_ids"])
+        if isinstance(completion, torch.Tensor | np.ndarray) or (
+            isinstance(completion, Sequence) and not any(isinstance(part, Mapping | str) for part in completion)
+        ):
+            return self.tokenize(completion)[1]
+        raise TypeError(f"a completion must be a string or a list of token ids, got {_describe(completion)}")
+
     def _apply_chat_template(self, messages: list[Any]) -> tuple[str, list[int]]:
         for message in messages:
             if "role" not in message:
@@ -142,12 +179,12 @@ class Intake:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _check_ids(self, ids: list[int], what: str = "prompt") -> None:
         if not ids:
-            raise ValueError("the prompt is empty: it has no tokens to continue from")
+            raise ValueError(f"the {what} is empty: it has no tokens to continue from")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"token id {bad} in the prompt is outside the model's vocabulary of {self.vocab_size}")
+            raise ValueError(f"token id {bad} in the {what} is outside the model's vocabulary of {self.vocab_size}")
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if not isinstance(sampling, SamplingParams):

@@ -66,6 +66,12 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def logits_from(self) -> int | None:
+        """The first token of the prompt whose logits are wanted, and so are all after it; None where nobody wants more
+        than the last one's."""
+        return self.request.logits_from if self.num_generated == 0 else None
+
+    @property
     def weight_versions(self) -> list[int]:
         """Per generated token, the version of the weights that computed it."""
         ends = [start for _, start in self.weight_runs[1:]] + [self.num_generated]
@@ -116,6 +122,8 @@ class Request:
         sampling: how to sample; `sampling.n` sequences are made.
         prompt: the text, for the output; not used otherwise.
         logprobs_mode: where `sampling` names none.
+        scored: the tokens that come after each of the last `len(scored)` of `prompt_token_ids`; at least one. Then
+            nothing is sampled, n is 1 and the request ends when their log-probabilities are known.
         hooks: only from `generate`; then n must be 1.
     """
 
@@ -131,6 +139,7 @@ class Request:
         stop_token_ids: frozenset[int] = frozenset(),
         bad_words: list[list[int]] | None = None,
         logprobs_mode: str = "raw_logprobs",
+        scored: list[int] | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self.request_id = request_id
@@ -144,6 +153,12 @@ class Request:
         self.bad_words = bad_words or []
         """`sampling.bad_words` as token ids."""
         self.logprobs_mode = sampling.logprobs_mode or logprobs_mode
+        scaled = self.logprobs_mode == "scaled_logprobs" and not sampling.greedy
+        self.logprob_temperature = sampling.temperature if scaled else 1.0
+        """What raw logits are divided by before the softmax that log-probabilities are of."""
+        self.scored = scored
+        self.scores: list[float] = []
+        """Log-probabilities of `scored`, as far as they are known."""
         self.hooks = hooks
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
@@ -174,6 +189,8 @@ class Request:
         """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""
         num_prompt = len(prompt_token_ids)
         self.num_prompt = num_prompt
+        self.logits_from = num_prompt - len(scored) if scored else None if sampling.prompt_logprobs is None else 0
+        """See `Sequence`."""
         self.sequences = [Sequence(self, i, list(prompt_token_ids), num_prompt) for i in range(sampling.n)]
         self.num_unfinished = sampling.n
         self.forked = sampling.n == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +116,23 @@ class DeviceSampler:
         host = self._outputs.next()
         self._outputs.download()
         return Landing(host, record(), tokens)
+
+
+def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[list[float]]]:
+    """Sends float32 `[N]` on its way to the host. What it returns waits for it, and no longer, and cuts it into lists
+    of so many."""
+    landed = None
+    if values.is_cuda:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        values = host.copy_(values, non_blocking=True)
+        landed = record()
+
+    def wait() -> list[list[float]]:
+        if landed is not None:
+            landed.synchronize()
+        return [part.tolist() for part in values.split(counts)]
+
+    return wait
 
 
 def record() -> torch.cuda.Event:

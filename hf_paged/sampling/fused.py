@@ -120,10 +120,7 @@ def _records(sequences: list[Sequence]) -> np.ndarray:
     records["top_p"] = [p.top_p for p in params]
     records["min_p"] = [p.min_p for p in params]
     records["wants_logprob"] = [p.logprobs is not None for p in params]
-    records["logprob_scale"] = [
-        1.0 / p.temperature if s.request.logprobs_mode == "scaled_logprobs" and not p.greedy else 1.0
-        for s, p in zip(sequences, params, strict=True)
-    ]
+    records["logprob_scale"] = [1.0 / sequence.request.logprob_temperature for sequence in sequences]
     seeds = np.array([sequence.request.seed for sequence in sequences], dtype=np.uint64)
     streams = np.array([sequence.index for sequence in sequences], dtype=np.uint64)
     records["noise"] = absorb(absorb(np.zeros_like(seeds), seeds), streams)

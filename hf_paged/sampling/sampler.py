@@ -213,8 +213,8 @@ class Sampler:
                 request = sequences[row].request
                 if request.shows_processed:
                     logits[place] = scores[row]
-                elif request.logprobs_mode == "scaled_logprobs" and not request.sampling.greedy:
-                    logits[place] /= request.sampling.temperature
+                elif request.logprob_temperature != 1.0:
+                    logits[place] /= request.logprob_temperature
             found = token_logprobs(logits, [tokens[row] for row in wanted], counts)
             for row, entry in zip(wanted, found, strict=True):
                 report[row] = entry
