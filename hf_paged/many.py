@@ -29,13 +29,7 @@ def make_requests(
     kind: RequestOutputKind,
 ) -> list[Request]:
     """A request per prompt, or an error that says which prompt is wrong; nothing is submitted."""
-    if isinstance(prompts, str | dict):
-        prompts = [prompts]
-    prompts = list(prompts)
-    if prompts and all(isinstance(prompt, int) for prompt in prompts):
-        raise TypeError("prompts is one list of token ids: put it in a list, [[1, 2, 3]]")
-    if prompts and all(isinstance(prompt, dict) and "role" in prompt for prompt in prompts):
-        raise TypeError("prompts is one chat: put it in a list, [messages]")
+    prompts = list_prompts(prompts)
     if isinstance(sampling, list | tuple):
         if len(sampling) != len(prompts):
             raise ValueError(
@@ -67,6 +61,18 @@ def make_requests(
     return requests
 
 
+def list_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list, or a TypeError that says where one was forgotten."""
+    if isinstance(prompts, str | dict):
+        prompts = [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(prompt, int) for prompt in prompts):
+        raise TypeError("prompts is one list of token ids: put it in a list, [[1, 2, 3]]")
+    if prompts and all(isinstance(prompt, dict) and "role" in prompt for prompt in prompts):
+        raise TypeError("prompts is one chat: put it in a list, [messages]")
+    return prompts
+
+
 def _from_config(lm: Any, config: GenerationConfig | None, prompt_tokens: int) -> SamplingParams:
     """A GenerationConfig completed by the model's own and by transformers' defaults, as `generate` would."""
     no_length = all(
@@ -78,10 +84,12 @@ def _from_config(lm: Any, config: GenerationConfig | None, prompt_tokens: int) -
     return SamplingParams.from_generation_config(full, prompt_tokens=prompt_tokens).clone(ignore_eos=True)
 
 
-def generate_many(engine: Engine, requests: list[Request], progress: bool | None) -> list[RequestOutput]:
-    """Runs requests to their end. Outputs come back in the order of the requests."""
+def generate_many(
+    engine: Engine, requests: list[Request], progress: bool | None, what: str = "generate"
+) -> list[RequestOutput]:
+    """Runs requests to their end. Outputs come back in the order of the requests; `what` names the progress bar."""
     outputs: dict[str, RequestOutput] = {}
-    bar = Progress(engine, len(requests), progress)
+    bar = Progress(engine, len(requests), progress, what)
     with closing(bar), closing(engine.run(requests)) as running:  # type: ignore[type-var]
         for output in running:
             outputs[output.request_id] = output
@@ -107,10 +115,10 @@ class Progress:
         show: None shows it on a terminal only.
     """
 
-    def __init__(self, engine: Engine, total: int, show: bool | None) -> None:
+    def __init__(self, engine: Engine, total: int, show: bool | None, what: str) -> None:
         hidden = not (sys.stderr.isatty() if show is None else show)
         self._engine = engine
-        self._bar = tqdm(total=total, disable=hidden, unit="req", desc="generate", dynamic_ncols=True)
+        self._bar = tqdm(total=total, disable=hidden, unit="req", desc=what, dynamic_ncols=True)
         self._start = self._last = time.monotonic()
         self._in, self._out = engine.stats.prompt_tokens, engine.stats.generation_tokens
         if not hidden:

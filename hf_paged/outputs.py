@@ -34,6 +34,8 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop string or stop token id; None for an end-of-sequence id or when nothing stopped it."""
     lora_request: Any = None
+    weight_versions: list[int] = field(default_factory=list)
+    """Per token: `Engine.weight_version` when the step that computed it was launched."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None

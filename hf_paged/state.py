@@ -20,6 +20,9 @@ from hf_paged.model.introspect import causal_lm
 
 logger = logging.getLogger(__name__)
 
+PROMPT_LOGITS_BYTES = 512 << 20
+"""Of logits of prompts that a step may hold, where log-probabilities of their tokens are wanted."""
+
 
 class PagedState:
     """Lives in a wrapped model's `__dict__`. Copies and pickles carry the configuration, never the engine."""
@@ -80,6 +83,9 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=executor.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
+        max_prompt_logits=max(
+            1, PROMPT_LOGITS_BYTES // (executor.layout.vocab_size * executor.layout.kv_dtype.itemsize)
+        ),
     )
     intake = Intake(
         tokenizer,
@@ -87,6 +93,7 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         max_model_len=executor.max_model_len,
         pool_tokens=num_pages * executor.page_size,
         eos_token_ids=functools.partial(_eos_token_ids, causal_lm(model), tokenizer),
+        logprobs_mode=config.logprobs_mode,
     )
     return Engine(executor, scheduler, intake)
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_paged import many
 from hf_paged.config import EngineConfig
@@ -16,6 +16,7 @@ from hf_paged.generate import PagedSampling
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind
+from hf_paged.score import Completion, score
 from hf_paged.state import PagedState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,6 +111,39 @@ class PagedGenerationMixin(PagedSampling):
         lm = causal_lm(self)
         requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
         return many.generate_many(engine, requests, progress)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion | Sequence[Completion]],
+        *,
+        temperature: float = 1.0,
+        progress: bool | None = None,
+    ) -> list[Tensor]:
+        """Log-probabilities of given completions, token by token; nothing is sampled.
+
+        All pairs go through the pages in packed batches, and a prompt that several completions share is computed once,
+        up to its last full page (with `enable_prefix_caching`). It serves reference models, importance ratios and the
+        comparison of rewards; a sequence classifier, whose head is not a language model's, is not paged: call such a
+        reward model itself.
+
+        Args:
+            prompts: as `generate_many` takes them.
+            completions: per prompt one, or a list of several. A completion is text (tokenized by itself, no special
+                token added, so end it with one if it ended so) or token ids; it may be empty.
+            temperature: what logits are divided by first; 0 counts as 1. As `logprobs_mode="scaled_logprobs"` reports
+                them for sampled tokens.
+            progress: a progress bar; None shows one on a terminal.
+
+        Returns:
+            one float32 tensor `[tokens of the completion]` on the CPU per pair, in order.
+
+        Raises:
+            ValueError, TypeError: a bad prompt, completion or temperature, before any work starts.
+            RuntimeError: the model's logits are not finite, another thread aborted the work, or this one has paused
+                the engine.
+        """
+        return score(self.engine, prompts, completions, temperature, progress)
 
     def stream(self, prompt: Prompt, sampling: many.Sampling = None) -> Iterator[str]:
         """The text of one sample, piece by piece as it is generated. The pieces joined are the final text.

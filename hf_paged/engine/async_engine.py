@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
@@ -88,9 +89,22 @@ class AsyncEngine:
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]
 
+    async def pause(self) -> None:
+        """As `Engine.pause`: the step under way is finished, and none is computed until `resume`. Generators wait."""
+        await _in_a_thread_of_its_own(self.engine.pause)
+
+    async def resume(self) -> None:
+        """As `Engine.resume`."""
+        await _in_a_thread_of_its_own(self.engine.resume)
+
+    @property
+    def paused(self) -> bool:
+        return self.engine.paused
+
     def close(self) -> None:
         """Ends the thread after its current step. Whoever still waits for output gets a RuntimeError."""
         self._closed = True
+        self.engine.gate.notify()
         with self._wake:
             self._wake.notify()
         self._thread.join()
@@ -109,6 +123,7 @@ class AsyncEngine:
                 self._fail(error)
                 continue
             if idle:  # the last outputs are on their way to their readers
+                self.engine.gate.wait(lambda: self._closed)
                 with self._wake:
                     self._wake.wait(0.005)
 
@@ -117,3 +132,9 @@ class AsyncEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, error)
         self._waiting.clear()
+
+
+async def _in_a_thread_of_its_own(work: Callable[[], None]) -> None:
+    """A thread that pauses an engine cannot generate with it; those of the loop's executor may have to."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        await asyncio.get_running_loop().run_in_executor(thread, work)

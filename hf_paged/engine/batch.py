@@ -15,8 +15,8 @@ class Chunk:
     start: int
     length: int
     samples: list[Sequence]
-    """Whose next token is sampled from the last row: nobody's (more of the prompt is to come), the sequence's own, or
-    that of all n samples of a request whose prompt is now done."""
+    """Whose next token is sampled from the last row: nobody's (more of the prompt is to come, or it is only scored),
+    the sequence's own, or that of all n samples of a request whose prompt is now done."""
 
 
 @dataclass(slots=True)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
-from hf_paged.engine.batch import Batch
+from hf_paged.engine.batch import Batch, Chunk
 from hf_paged.engine.executor import Executor, StepResult
+from hf_paged.engine.gate import Gate
 from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.output import OutputProcessor
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.engine.stats import EngineStats, StepRecord
 from hf_paged.engine.turn import Turn
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
@@ -28,41 +32,13 @@ Deliver = Callable[[RequestOutput], None]
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one step did, for observers."""
-
-    step: int
-    start_s: float
-    """`time.monotonic()` when it began."""
-    duration_s: float
-    decodes: list[tuple[str, int]]
-    """(request id, sample index) of each decoding sequence."""
-    chunks: list[tuple[str, int, int]]
-    """(request id, sample index, tokens) of each piece of prefill."""
-    num_waiting: int
-    active_pages: int
-    """Pages that running sequences hold."""
-    cached_pages: int
-    """Pages that only the prefix cache holds."""
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Totals since the engine was made."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Tokens of prefill computed (recomputed ones included)."""
-    generation_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Flight:
     """A step that was launched and whose results are not known yet."""
 
     batch: Batch
     land: Callable[[], StepResult]
     start_s: float
+    weight_version: int
 
 
 class Engine:
@@ -93,7 +69,12 @@ class Engine:
         self._adding = threading.Lock()
         self._turn = Turn()
         """Taken while a step is computed, or the inbox read."""
-        self._used = False
+        self.gate = Gate()
+        """Closed while the engine is paused."""
+        self._saw_weights = False
+        self._weight_version = 0
+        self._announced = False
+        """Whether a change of the weights was counted since they were last looked at."""
         self._flight: _Flight | None = None
         self._landed_s = 0.0
         self._held: set[str] = set()
@@ -117,7 +98,10 @@ class Engine:
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step and returns the outputs it changed, of requests that were added with `add_request`."""
+        """Computes one step and returns the outputs it changed, of requests that were added with `add_request`.
+
+        Paused, it computes nothing and returns what there is.
+        """
         outputs: list[RequestOutput] = []
 
         def work() -> None:
@@ -132,20 +116,54 @@ class Engine:
         """Ends requests, keeping what they have so far; their last output says finish_reason "abort". Unknown ids are
         fine."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self._inbox.append(lambda: self._abort(ids))
-        if self._turn.mine:
-            return  # from inside a step: the next one sees to it
-        self._take_turn(self._read_inbox)
+        self._ask(lambda: self._abort(ids))
 
     def has_unfinished(self) -> bool:
         """Whether any request, of whatever caller, is not done, or an output waits to be returned by `step`."""
         return bool(self._requests or self._inbox or self._unclaimed)
 
-    def weights_updated(self) -> None:
-        """Says that the weights changed, in case a change could go unseen while requests are running."""
-        self._inbox.append(self._flush)
-        if not self._turn.mine:
-            self._take_turn(self._read_inbox)
+    @property
+    def weight_version(self) -> int:
+        """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
+        while requests are unfinished, by a look at the weights when it gets work again."""
+        return self._weight_version
+
+    def weights_updated(self, kv: str = "keep") -> None:
+        """Says that the weights changed, in case a change could go unseen while requests are running.
+
+        Cached prefixes are forgotten.
+
+        Args:
+            kv: what becomes of the keys and values of unfinished requests. "keep": they stay as the old weights made
+                them. "recompute": they are computed again from the tokens so far, which stay.
+
+        Raises:
+            ValueError: another `kv`.
+        """
+        if kv not in ("keep", "recompute"):
+            raise ValueError(f'kv must be "keep" or "recompute", got {kv!r}')
+        self._ask(self._weights_changed, *([self._start_over] if kv == "recompute" else []))
+
+    @property
+    def paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not yet."""
+        return self.gate.closed
+
+    def pause(self) -> None:
+        """From here to `resume` no step is computed. The one under way is finished, and its outputs are delivered.
+
+        Unfinished requests keep their tokens, keys and values; new ones are accepted and wait; aborts work. Threads
+        that wait for outputs wait on, whereas `generate_many` and the like in the thread that paused raise a
+        RuntimeError. The weights may be changed in any way. A second pause changes nothing, and one resume ends both.
+        """
+        # In the middle of a step, that is in a processor or an observer, it is anybody's thread.
+        by = None if self._turn.mine else threading.current_thread()
+        self._ask(lambda: self._pause(by))
+
+    def resume(self) -> None:
+        """Ends a pause, from whatever thread. The weights are looked at: if they have changed meanwhile,
+        `weight_version` goes up. Without a pause it does nothing."""
+        self._ask(self._resume)
 
     def warm_up(self) -> None:
         """Compiles and captures now what decode steps would otherwise compile and capture when it is first needed, so
@@ -159,13 +177,14 @@ class Engine:
         self._take_turn(work)
 
     def sleep(self, level: int = 1) -> None:
-        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten.
+        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten; what is
+        unfinished in a paused engine is computed again from its tokens later.
 
         Args:
             level: 1, the only one: the weights belong to the model and stay.
 
         Raises:
-            RuntimeError: requests are unfinished.
+            RuntimeError: requests are unfinished, and the engine is not paused.
         """
         if level != 1:
             raise ValueError(
@@ -183,7 +202,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
-        self.weights_updated()
+        self._ask(self._flush)
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 
@@ -219,7 +238,11 @@ class Engine:
         """Submits requests and yields their outputs as they come, until all are finished.
 
         Leaving early (an exception, Ctrl-C, closing the iterator) aborts those that are not.
+
+        Raises:
+            RuntimeError: the calling thread has paused the engine.
         """
+        self.gate.check()
         box: deque[RequestOutput] = deque()
         unfinished = {request.request_id for request in requests}
         try:
@@ -232,6 +255,8 @@ class Engine:
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
+                if unfinished:
+                    self.gate.wait(lambda: bool(box))
         finally:
             if unfinished:
                 self.abort(unfinished)
@@ -256,6 +281,8 @@ class Engine:
     def _step(self) -> None:
         """Lands one step, and has the next one on its way before that where it may."""
         self._read_inbox()
+        if self.gate.closed:
+            return
         if self._flight is None:
             self._flight = self._launch()
         if self._flight is None:
@@ -273,7 +300,7 @@ class Engine:
         if not batch:
             return None
         try:
-            flight = _Flight(batch, self.executor.launch(batch), start)
+            flight = _Flight(batch, self.executor.launch(batch), start, self._weight_version)
         except torch.OutOfMemoryError:
             if retry:
                 raise
@@ -290,10 +317,7 @@ class Engine:
             self._purge()
 
     def _shrink(self) -> None:
-        """After running out of memory: what is under way lands, and everything starts over in smaller batches."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._land(flight)
+        """After running out of memory: everything starts over in smaller batches."""
         scheduler = self.scheduler
         scheduler.shrink()
         logger.warning(
@@ -301,12 +325,23 @@ class Engine:
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
         )
-        scheduler.recover(request for request, _ in self._requests.values())
+        self._start_over()
+
+    def _land_flight(self) -> None:
+        """Leaves nothing in the air."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+
+    def _start_over(self) -> None:
+        """What is under way lands, and everything unfinished is computed again from its tokens."""
+        self._land_flight()
+        self.scheduler.recover([request for request, _ in self._requests.values()])
 
     def _land(self, flight: _Flight) -> None:
         result = flight.land()
         start, self._landed_s = max(flight.start_s, self._landed_s), time.monotonic()
-        touched = self._append(flight.batch, result)
+        touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
         self._report(touched)
@@ -319,9 +354,9 @@ class Engine:
         self.executor.wipe(list(range(self.scheduler.pool.num_touched)))
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
-    def _append(self, batch: Batch, result: StepResult) -> list[Request]:
+    def _append(self, flight: _Flight, result: StepResult) -> list[Request]:
         """Gives sequences their tokens and ends those that are done. Returns the requests with news, once each."""
-        now = time.monotonic()
+        batch, version, now = flight.batch, flight.weight_version, time.monotonic()
         touched: dict[str, Request] = {}
         if result.prompt_logprobs is not None:
             for chunk, found in zip(batch.chunks, result.prompt_logprobs, strict=True):
@@ -329,6 +364,10 @@ class Engine:
                 if request.sampling.prompt_logprobs is not None and not chunk.sequence.num_generated:
                     known = request.prompt_logprobs if chunk.start and request.prompt_logprobs else [None]
                     request.prompt_logprobs = known[: chunk.start + 1] + list(found)
+        if result.scores is not None:
+            for chunk, scores in zip(batch.chunks, result.scores, strict=True):
+                if chunk.sequence.request.scored is not None and self._score(chunk, scores):
+                    touched[chunk.sequence.request.request_id] = chunk.sequence.request
         for place, sequence in enumerate(batch.sampled()):
             request = sequence.request
             if sequence.finish_reason is not None:
@@ -343,10 +382,25 @@ class Engine:
                 entry = result.logprobs[place]
                 if entry is not None:
                     sequence.logprobs[sequence.num_generated :] = [entry]
+            if not sequence.weight_runs or sequence.weight_runs[-1][0] != version:
+                sequence.weight_runs.append((version, sequence.num_generated))
             self.scheduler.append(sequence, result.tokens[place])
             self.stats.generation_tokens += 1
             self._end(sequence)
         return list(touched.values())
+
+    def _score(self, chunk: Chunk, scores: list[float]) -> bool:
+        """Keeps what a chunk tells about a request that is only scored. Returns whether this ended it."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        if sequence.finish_reason is not None:
+            return False
+        request.scores[max(chunk.start - (request.logits_from or 0), 0) :] = scores
+        if any(map(math.isnan, scores)):
+            error = f"request {request.request_id!r}: cannot be scored, the model's logits are not finite"
+            self._fail(request, NonFiniteLogits(error))
+        elif chunk.start + chunk.length == request.num_prompt:
+            self.scheduler.finish(sequence, "stop")
+        return sequence.finished
 
     def _end(self, sequence: Sequence) -> None:
         """Finishes a sequence if its last token ends it."""
@@ -380,6 +434,8 @@ class Engine:
                 self._ids.discard(request.request_id)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
+        if self.gate.closed:
+            self.gate.notify()
 
     def _output(self, request: Request) -> RequestOutput | None:
         try:
@@ -409,23 +465,32 @@ class Engine:
 
     def _sleep(self) -> None:
         self._read_inbox()
-        if self._requests:
-            raise RuntimeError(f"{len(self._requests)} requests are unfinished: finish or abort them before sleep()")
+        if self._requests and not self.gate.closed:
+            raise RuntimeError(
+                f"{len(self._requests)} requests are unfinished: finish or abort them before sleep(), or pause()"
+            )
         self._drain()
-        self._flush()
+        self._start_over()
         self.executor.sleep()
 
     def _close(self) -> None:
         self._read_inbox()
         self._abort(list(self._requests))
         self._drain()
+        self.gate.open()
         self.executor.close()
 
     # ---- the inbox -----------------------------------------------------------------------------------------
 
+    def _ask(self, *work: Callable[[], None]) -> None:
+        """Has work done between two steps: now, or after the step in the middle of which this is called."""
+        self._inbox.extend(work)
+        if not self._turn.mine:
+            self._take_turn(self._read_inbox)
+
     def _read_inbox(self) -> None:
-        if self._used and self.executor.optimizer_stepped():
-            self._flush()
+        if self._requests and self.executor.optimizer_stepped():
+            self._weights_changed()
         while self._inbox:
             self._inbox[0]()  # may be done twice if it is interrupted, and must not mind
             self._inbox.popleft()
@@ -433,10 +498,8 @@ class Engine:
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests:
             self.scheduler.unshrink()
-            self.executor.prepare()
-            if self.scheduler.enable_prefix_caching and self.executor.weights_changed():
-                self._flush()
-        self._used = True
+            if not self.gate.closed:
+                self._look_over()
         for request in requests:
             if request.request_id in self._requests:
                 continue
@@ -454,13 +517,41 @@ class Engine:
         if not self._requests:
             self._drain()
 
+    def _look_over(self) -> None:
+        """Before the first step after a time without any: the model may be another than it was."""
+        if self.executor.prepare() and self._requests:
+            self._start_over()
+        changed = self.executor.weights_changed()
+        if changed and self._saw_weights and not self._announced:
+            self._weights_changed()
+        self._saw_weights, self._announced = True, False
+
+    def _weights_changed(self) -> None:
+        """What is launched from here on is computed with other weights."""
+        self._weight_version += 1
+        self._flush()
+        if self._requests:
+            self.executor.weights_changed()  # the next look compares with these
+        else:
+            self._announced = True
+
+    def _pause(self, by: threading.Thread | None) -> None:
+        self.gate.close(by)
+        self._land_flight()
+
+    def _resume(self) -> None:
+        if self.gate.closed and self._requests:
+            self._look_over()
+        self.gate.open()
+
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()
 
 
 def _poisons(result: StepResult) -> bool:
     """Whether a step may have left keys and values that are not numbers."""
-    return any(isinstance(error, NonFiniteLogits) for error in result.errors.values())
+    errors = any(isinstance(error, NonFiniteLogits) for error in result.errors.values())
+    return errors or any(map(math.isnan, chain.from_iterable(result.scores or ())))
 
 
 def _name(sequence: Sequence) -> tuple[str, int]:

@@ -22,6 +22,8 @@ class StepResult:
     """By place in `Batch.sampled()`: sequences whose sampling failed; their tokens mean nothing."""
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     """Per chunk, for the prompt tokens that follow its rows; None when nobody asked."""
+    scores: list[list[float]] | None = None
+    """Per chunk, the log-probabilities of those of `Request.scored` that follow its rows; None when nobody asked."""
 
 
 class Executor:
@@ -42,8 +44,10 @@ class Executor:
     def warm_up(self) -> None:
         """Does now what would otherwise be done when it is first needed: compiles, captures graphs."""
 
-    def prepare(self) -> None:
-        """Called when an idle engine gets work: what depends on where things lie in memory is looked over."""
+    def prepare(self) -> bool:
+        """Called before the first step after a time without any: what depends on where things lie in memory is looked
+        over. Returns whether running sequences, if there are any, must be computed again."""
+        return False
 
     def weights_changed(self) -> bool:
         """Whether the weights differ from those at the last call; True at the first. May read all of them."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_paged.engine.request import Hooks, Request
-from hf_paged.sampling_params import SamplingParams
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class Intake:
         max_model_len: prompt and output together.
         pool_tokens: what fits in the whole page pool.
         eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
+        logprobs_mode: for requests that name none.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Intake:
         max_model_len: int,
         pool_tokens: int,
         eos_token_ids: Callable[[], frozenset[int]],
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.pool_tokens = pool_tokens
         self.eos_token_ids = eos_token_ids
+        self.logprobs_mode = logprobs_mode
         self._numbers = itertools.count()
         self._said_greedy = False
 
@@ -84,8 +87,36 @@ class Intake:
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
             stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
             bad_words=self._bad_words(sampling.bad_words or []),
+            logprobs_mode=self.logprobs_mode,
             hooks=hooks,
         )
+
+    def scored_request(self, prompt: list[int], completion: list[int], temperature: float) -> Request:
+        """A request for the log-probabilities of a completion, at this temperature; see `Request.scored`.
+
+        Args:
+            prompt, completion: token ids, at least one of each.
+
+        Raises:
+            TypeError, ValueError: a bad temperature, or ids that are outside the vocabulary, missing, or too many.
+        """
+        self._check_ids(prompt)
+        self._check_ids(completion, "completion")
+        total = len(prompt) + len(completion)
+        if total > self.max_model_len:
+            raise ValueError(
+                f"prompt and completion have {len(prompt)} and {len(completion)} tokens, and the model's length is "
+                f"{self.max_model_len}. Shorten them, or raise max_model_len if the model allows it."
+            )
+        sampling = SamplingParams(
+            temperature=temperature,
+            logprobs_mode="scaled_logprobs",
+            max_tokens=1,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = f"request-{next(self._numbers)}"
+        return Request(name, (prompt + completion)[:-1], sampling, scored=completion)
 
     # ---- prompts -------------------------------------------------------------------------------------------
 
@@ -118,6 +149,16 @@ class Intake:
             f"got {_describe(prompt)}"
         )
 
+    def tokenize_completion(self, completion: str | Sequence[int] | torch.Tensor | np.ndarray) -> list[int]:
+        """Text, without the special tokens that a tokenizer begins a text with, or token ids."""
+        if isinstance(completion, str):
+            return list(self._need_tokenizer("a text completion")(completion, add_special_tokens=False)["input_ids"])
+        if isinstance(completion, torch.Tensor | np.ndarray) or (
+            isinstance(completion, Sequence) and not any(isinstance(part, Mapping | str) for part in completion)
+        ):
+            return self.tokenize(completion)[1]
+        raise TypeError(f"a completion must be a string or a list of token ids, got {_describe(completion)}")
+
     def _apply_chat_template(self, messages: list[Any]) -> tuple[str, list[int]]:
         for message in messages:
             if "role" not in message:
@@ -138,12 +179,12 @@ class Intake:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _check_ids(self, ids: list[int], what: str = "prompt") -> None:
         if not ids:
-            raise ValueError("the prompt is empty: it has no tokens to continue from")
+            raise ValueError(f"the {what} is empty: it has no tokens to continue from")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"token id {bad} in the prompt is outside the model's vocabulary of {self.vocab_size}")
+            raise ValueError(f"token id {bad} in the {what} is outside the model's vocabulary of {self.vocab_size}")
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if not isinstance(sampling, SamplingParams):

@@ -31,9 +31,9 @@ from hf_paged.model.memory import measure_activations
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
-from hf_paged.sampling.device import DeviceSampler, Landing
-from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
-from hf_paged.sampling.sampler import Sampler
+from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
+from hf_paged.sampling.logprobs import TokenLogprobs, chosen_logprobs, token_logprobs
+from hf_paged.sampling.sampler import Sampled, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ class ModelExecutor(Executor):
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
         self._sharing = self._new_planner()
-        self._processed = config.logprobs_mode == "processed_logprobs"
-        self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=self._processed)
+        self._sampler = Sampler(layout.vocab_size, device)
         self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
@@ -198,7 +197,7 @@ class ModelExecutor(Executor):
         if self._sharing is not None:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
-            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes)
+            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and _all_fused(batch.decodes)
             if fits and self._prepare_graph(len(batch.decodes), shared is not None):
                 return self._replay(self._graphs, batch, writes, shared)
             if writes is not None and self._graphs is not None:
@@ -206,15 +205,7 @@ class ModelExecutor(Executor):
         return self._compute(batch, shared)
 
     def looks_ahead(self, request: Request) -> bool:
-        return self._looks_ahead and self._samples_alone(request)
-
-    def _samples_alone(self, request: Request) -> bool:
-        return request.fused and not (self._processed and request.sampling.logprobs is not None)
-
-    def _all_alone(self, sequences: list[Sequence]) -> bool:
-        if self._processed:
-            return all(self._samples_alone(sequence.request) for sequence in sequences)
-        return all(sequence.request.fused for sequence in sequences)
+        return self._looks_ahead and request.fused
 
     def _prepare_graph(self, count: int, shares: bool) -> bool:
         """Whether there is a graph for so many decodes, which read something together or do not."""
@@ -251,23 +242,42 @@ class ModelExecutor(Executor):
         inputs = self._inputs.build(batch, shared)
         logits = self._runner.forward(inputs, self._previous)
         sequences = batch.sampled()
-        prompt_logprobs = self._prompt_logprobs(batch, inputs, logits)
+        prompt_logprobs, scores = self._prompt_logprobs(batch, inputs, logits), self._scores(batch, inputs, logits)
         if inputs.sample_rows != list(range(len(logits))):
             logits = logits[self._runner.upload(np.array(inputs.sample_rows, dtype=np.int64))]
-        if sequences and self._device_sampler is not None and self._all_alone(sequences):
+        if sequences and self._device_sampler is not None and _all_fused(sequences):
             landing = self._device_sampler.sample(logits, sequences)
             self._previous = landing.tokens_on_device
-            return lambda: _result(landing, sequences, prompt_logprobs)
-        if not sequences:
-            result = StepResult([], prompt_logprobs=prompt_logprobs)
-        else:
-            sampled = self._sampler.sample(logits, sequences)
-            result = StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs)
-        self._previous = torch.tensor(result.tokens, dtype=torch.int64, device=self.layout.device)
-        return lambda: result
+            return lambda: _result(landing, sequences, prompt_logprobs, scores())
+        sampled = self._sampler.sample(logits, sequences) if sequences else Sampled([], [])
+        self._previous = torch.tensor(sampled.tokens, dtype=torch.int64, device=self.layout.device)
+        return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores())
+
+    def _scores(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> Callable[[], list[list[float]] | None]:
+        """Enqueues log-probabilities of scored tokens. What it returns waits for them, as in `StepResult`."""
+        rows: list[int] = []
+        tokens: list[int] = []
+        temperature: list[float] = []
+        counts = []
+        for chunk, (first, end) in zip(batch.chunks, inputs.prompt_rows, strict=True):
+            request, count = chunk.sequence.request, end - first
+            if request.scored is None or request.logits_from is None:
+                counts.append(0)
+                continue
+            place = max(chunk.start - request.logits_from, 0)
+            rows.extend(range(first, end))
+            tokens.extend(request.scored[place : place + count])
+            temperature.extend([request.logprob_temperature] * count)
+            counts.append(count)
+        if not rows:
+            return lambda: None
+        upload = self._runner.upload
+        where, chosen = upload(np.array(rows, dtype=np.int64)), upload(np.array(tokens, dtype=np.int64))
+        found = chosen_logprobs(logits, where, chosen, upload(np.array(temperature, dtype=np.float32)))
+        return split_when_landed(found, counts)
 
     def _prompt_logprobs(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> list[list[TokenLogprobs]] | None:
-        if not any(first < end for first, end in inputs.prompt_rows):
+        if all(chunk.sequence.request.sampling.prompt_logprobs is None for chunk in batch.chunks):
             return None
         return [
             _prompt_logprobs(chunk, logits[first:end])
@@ -289,18 +299,19 @@ class ModelExecutor(Executor):
         kind = self.layout.device.type
         return self._watch.signs(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         self.wake_up()
         if self._read_signs() == self._signs:
-            return
+            return False
         with self._in_order():
             if self._fused is not None and not self._fused.intact():
                 logger.info("parameters moved: linear layers are fused anew")
                 self._watch.forget()
                 self._fused.release()
                 self._fused = self._runner.fused = self._fuse()
-            self._graphs = self._new_graphs()
+            self._graphs = self._new_graphs()  # with an empty block table
         self._signs = self._read_signs()
+        return True
 
     def weights_changed(self) -> bool:
         return self._watch.changed()
@@ -346,17 +357,24 @@ def _token_budget(device: torch.device) -> int:
     return LARGE_TOKEN_BUDGET if memory >= 70 << 30 else LARGE_TOKEN_BUDGET // 2
 
 
+def _all_fused(sequences: list[Sequence]) -> bool:
+    return all(sequence.request.fused for sequence in sequences)
+
+
 def _result(
-    landing: Landing, sequences: list[Sequence], prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    landing: Landing,
+    sequences: list[Sequence],
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None,
+    scores: list[list[float]] | None = None,
 ) -> StepResult:
     sampled = landing.wait(sequences)
-    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs)
+    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores)
 
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> list[TokenLogprobs]:
     sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
     following = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, sequence.num_prompt)]
-    if not len(logits) or not following:
+    if not len(logits) or not following or sampling.prompt_logprobs is None:
         return []
-    counts = [sampling.prompt_logprobs or 0] * len(following)
+    counts = [sampling.prompt_logprobs] * len(following)
     return token_logprobs(logits[: len(following)].float(), following, counts)

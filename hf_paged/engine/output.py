@@ -186,6 +186,7 @@ class OutputProcessor:
             logprobs=[self._logprobs(entry) for entry in sequence.logprobs[start:]] if wants_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            weight_versions=sequence.weight_versions[start:],
         )
 
     def _report_text(self, sequence: Sequence, delta: bool) -> str:

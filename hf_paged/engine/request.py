@@ -45,6 +45,8 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One entry per generated token, where the request asked for them."""
+    weight_runs: list[tuple[int, int]] = field(default_factory=list)
+    """(version of the weights, the first generated token computed with it), in order."""
     text: SequenceText | None = None
     """Its text so far, where somebody reads along; the output processor's."""
     num_reported: int = 0
@@ -62,6 +64,19 @@ class Sequence:
     @property
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def logits_from(self) -> int | None:
+        """The first token of the prompt whose logits are wanted, and so are all after it; None where nobody wants more
+        than the last one's."""
+        return self.request.logits_from if self.num_generated == 0 else None
+
+    @property
+    def weight_versions(self) -> list[int]:
+        """Per generated token, the version of the weights that computed it."""
+        ends = [start for _, start in self.weight_runs[1:]] + [self.num_generated]
+        runs = zip(self.weight_runs, ends, strict=False)  # before the first token there is no run
+        return [version for (version, start), end in runs for _ in range(start, end)]
 
     @property
     def finished(self) -> bool:
@@ -106,6 +121,9 @@ class Request:
         prompt_token_ids: at least one token id.
         sampling: how to sample; `sampling.n` sequences are made.
         prompt: the text, for the output; not used otherwise.
+        logprobs_mode: where `sampling` names none.
+        scored: the tokens that come after each of the last `len(scored)` of `prompt_token_ids`; at least one. Then
+            nothing is sampled, n is 1 and the request ends when their log-probabilities are known.
         hooks: only from `generate`; then n must be 1.
     """
 
@@ -120,6 +138,8 @@ class Request:
         max_tokens: int | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         bad_words: list[list[int]] | None = None,
+        logprobs_mode: str = "raw_logprobs",
+        scored: list[int] | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self.request_id = request_id
@@ -132,6 +152,13 @@ class Request:
         """Every id that ends a sequence: the model's end-of-sequence ids and the request's own."""
         self.bad_words = bad_words or []
         """`sampling.bad_words` as token ids."""
+        self.logprobs_mode = sampling.logprobs_mode or logprobs_mode
+        scaled = self.logprobs_mode == "scaled_logprobs" and not sampling.greedy
+        self.logprob_temperature = sampling.temperature if scaled else 1.0
+        """What raw logits are divided by before the softmax that log-probabilities are of."""
+        self.scored = scored
+        self.scores: list[float] = []
+        """Log-probabilities of `scored`, as far as they are known."""
         self.hooks = hooks
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
@@ -147,14 +174,23 @@ class Request:
         )
         self.simple = untouched and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""
-        self.fused = untouched and sampling.logprobs in (None, 0) and sampling.prompt_logprobs is None
+        self.shows_processed = self.logprobs_mode == "processed_logprobs" and sampling.logprobs is not None
+        """Its log-probabilities are of what its tokens are drawn from."""
+        self.fused = (
+            untouched
+            and not self.shows_processed
+            and sampling.logprobs in (None, 0)
+            and sampling.prompt_logprobs is None
+        )
         """A device can sample it alone: nothing touches its logits before temperature, and nobody asks for more than
-        the log-probabilities of the sampled tokens."""
+        the log-probabilities of the sampled tokens, before filters."""
         self.priority = sampling.priority
         self.reserved = 0
         """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""
         num_prompt = len(prompt_token_ids)
         self.num_prompt = num_prompt
+        self.logits_from = num_prompt - len(scored) if scored else None if sampling.prompt_logprobs is None else 0
+        """See `Sequence`."""
         self.sequences = [Sequence(self, i, list(prompt_token_ids), num_prompt) for i in range(sampling.n)]
         self.num_unfinished = sampling.n
         self.forked = sampling.n == 1

@@ -34,6 +34,7 @@ class Scheduler:
         max_num_seqs: sequences that may run at once.
         max_num_batched_tokens: the token budget of a step, at least `max_num_seqs`.
         enable_prefix_caching: keep full pages in a prefix tree.
+        max_prompt_logits: tokens of prompts whose logits may be wanted in one step; None is any number.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        max_prompt_logits: int | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -54,6 +56,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        self.max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self.num_pages = num_pages
         self.stats = SchedulerStats()
         self.running: list[Sequence] = []
@@ -172,6 +175,7 @@ class Scheduler:
         """The next step. An empty batch means that nothing is left to do."""
         batch = Batch()
         budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
+        self._room_for_logits = self.max_prompt_logits
         preempted = False
         decodes, page_size, running = batch.decodes, self.page_size, self.running
         i = 0
@@ -184,8 +188,11 @@ class Scheduler:
                     i += 1  # the pending token is its last
                     continue
             length = total - start
-            if length > 1:
-                length = min(length, budget + 1)
+            if length != 1 or sequence.request.scored is not None:
+                length = self._take_logits(sequence, start, min(length, budget + 1))
+                if not length:
+                    i += 1  # all of it is on its way, or the step has logits enough
+                    continue
                 budget -= length - 1
             end = start + length
             if end > len(sequence.pages) * page_size or sequence.may_share_tail:
@@ -193,7 +200,7 @@ class Scheduler:
                     preempted = True
                     if sequence.slot < 0:
                         break  # it was the last, and had to go itself
-            if length == 1 and end == total and sequence.request.forked:
+            if length == 1 and end == total and sequence.request.forked and sequence.request.scored is None:
                 decodes.append(sequence)
             else:
                 batch.chunks.append(self._chunk(sequence, start, length))
@@ -347,12 +354,17 @@ class Scheduler:
                 break
             total = len(sequence.tokens)
             path: list[Node] = []
-            if self.enable_prefix_caching and request.sampling.prompt_logprobs is None:
-                most = (total - 1) // self.page_size  # the last token is always computed: its logits are wanted
+            first = sequence.logits_from
+            if self.enable_prefix_caching:
+                # What logits are wanted of is always computed; of the last token they always are.
+                most = (total - 1 if first is None else first) // self.page_size
                 path = self.tree.match(sequence.tokens, most)
                 if in_progress and len(path) < most and self._page_key(sequence.tokens, path) in in_progress:
                     put_off.append(heapq.heappop(self._waiting))
                     continue
+            if first is not None and first <= len(path) * self.page_size and not self._room_for_logits:
+                put_off.append(heapq.heappop(self._waiting))
+                continue
             idle = sum(node.users == 0 for node in path)
             # A little room is left to those that run, lest the newcomer be preempted at the next page boundary.
             spare = max(1, self.num_pages // 100) if self.running else 0
@@ -379,7 +391,7 @@ class Scheduler:
         total, cached = len(sequence.tokens), len(path) * self.page_size
         sequence.path = path
         self._append_pages(sequence, self.tree.use(path))
-        length = min(total - cached, budget)
+        length = self._take_logits(sequence, cached, min(total - cached, budget))
         self._append_pages(sequence, self._allocate(self.pages_for(cached + length) - len(path)))
         sequence.num_computed = cached
         if request.metrics.first_scheduled_time is None:
@@ -388,6 +400,16 @@ class Scheduler:
             self.stats.prefix_queries += total
             self.stats.prefix_hits += cached
         return self._chunk(sequence, cached, length)
+
+    def _take_logits(self, sequence: Sequence, start: int, length: int) -> int:
+        """How long a chunk may be, given how many tokens' logits the step has room for; takes that room."""
+        first = sequence.logits_from
+        if first is None:
+            return length
+        before = max(first - start, 0)
+        length = min(length, before + self._room_for_logits)
+        self._room_for_logits -= max(length - before, 0)
+        return length
 
     def _page_key(self, tokens: list[int], path: list[Node]) -> tuple[int, tuple[int, ...]]:
         """Names the first page of `tokens` below the cached `path`."""
@@ -405,7 +427,7 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, start: int, length: int) -> Chunk:
         samples = []
-        if start + length == len(sequence.tokens):
+        if start + length == len(sequence.tokens) and sequence.request.scored is None:
             samples = [sequence] if sequence.request.forked else sequence.request.sequences
         return Chunk(sequence, start, length, samples)
 

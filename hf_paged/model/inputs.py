@@ -27,8 +27,8 @@ class StepInputs:
     sample_rows: list[int]
     """Per sampled sequence of the batch, its row among the R; samples of one prompt share a row at first."""
     prompt_rows: list[tuple[int, int]]
-    """Per chunk of the batch, the half-open range among the R of all its rows, where prompt log-probabilities are
-    wanted; else an empty range."""
+    """Per chunk of the batch, the half-open range among the R of its rows from `Sequence.logits_from` on; empty where
+    there are none."""
     sources: np.ndarray | None = None
     """int64 [B]: per decode row, the place of its token among those that the step before sampled; -1 where the token
     is in `token_ids`. None when all are."""
@@ -90,15 +90,12 @@ class InputBuilder:
             slots_of_rows.append(np.full(chunk.length, sequence.slot))
             pages = self.block_table[sequence.slot, : -(-end // size)]
             spans.append(PrefillSpan(row=row, length=chunk.length, context=chunk.start, pages=pages))
-            wants_prompt = sequence.request.sampling.prompt_logprobs is not None and sequence.num_generated == 0
-            first = len(logit_rows)
-            if wants_prompt:
-                logit_rows.extend(range(row, row + chunk.length))
-                prompt_rows.append((first, first + chunk.length))
-            else:
-                prompt_rows.append((first, first))
-                if chunk.samples:
-                    logit_rows.append(row + chunk.length - 1)
+            first, logits_from = len(logit_rows), sequence.logits_from
+            if logits_from is not None:
+                logit_rows.extend(range(row + max(logits_from - chunk.start, 0), row + chunk.length))
+            prompt_rows.append((first, len(logit_rows)))
+            if logits_from is None and chunk.samples:
+                logit_rows.append(row + chunk.length - 1)
             if chunk.samples:
                 sample_rows.extend([len(logit_rows) - 1] * len(chunk.samples))
             row += chunk.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ _PARAMETERS = {
     "min_p": torch.float32,
     "keys": torch.int64,
     "wants_logprob": torch.int32,
+    "logprob_scale": torch.float32,
 }
 _RESULTS = {"tokens": torch.int64, "logprobs": torch.float32, "ranks": torch.int32}
 
@@ -114,6 +116,23 @@ class DeviceSampler:
         host = self._outputs.next()
         self._outputs.download()
         return Landing(host, record(), tokens)
+
+
+def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[list[float]]]:
+    """Sends float32 `[N]` on its way to the host. What it returns waits for it, and no longer, and cuts it into lists
+    of so many."""
+    landed = None
+    if values.is_cuda:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        values = host.copy_(values, non_blocking=True)
+        landed = record()
+
+    def wait() -> list[list[float]]:
+        if landed is not None:
+            landed.synchronize()
+        return [part.tolist() for part in values.split(counts)]
+
+    return wait
 
 
 def record() -> torch.cuda.Event:

@@ -19,6 +19,29 @@ class TokenLogprobs:
     """Of the token itself among the whole vocabulary; 1 is the likeliest."""
 
 
+SLICE = 1 << 24
+"""Logits that `chosen_logprobs` holds in float32 at once."""
+
+
+def chosen_logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: Tensor) -> Tensor:
+    """Log-probabilities of one token in each of R rows, under the softmax of the row over its temperature.
+
+    Args:
+        logits: `[N, V]`, any float dtype.
+        rows, tokens: int64 `[R]`.
+        temperature: float32 `[R]`, positive.
+
+    Returns:
+        float32 `[R]`; NaN where a row has a NaN, +inf, or nothing finite.
+    """
+    size = max(1, SLICE // logits.shape[1])
+    found = [torch.empty(0, device=logits.device)]
+    for row, token, heat in zip(rows.split(size), tokens.split(size), temperature.split(size), strict=True):
+        scaled = logits[row].float().div_(heat[:, None])
+        found.append(scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1))
+    return torch.cat(found)
+
+
 def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
     """Log-probabilities under the softmax of each row.
 

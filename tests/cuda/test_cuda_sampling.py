@@ -255,6 +255,41 @@ def test_processed_logprobs(model: Any) -> None:
         assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
 
 
+def test_scaled_logprobs_beside_raw_ones(model: Any) -> None:
+    params = [sampled(n=1, temperature=0.6, top_k=9, max_tokens=8, logprobs_mode=m) for m in (None, "scaled_logprobs")]
+    outputs = model.generate_many([PROMPTS[3]] * 2, params)
+    assert answers(outputs)[0] == answers(outputs)[1]
+    for output, heat in zip(outputs, (1.0, 0.6), strict=True):
+        completion = output.outputs[0]
+        ids = torch.tensor([PROMPTS[3] + completion.token_ids], device="cuda")
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, len(PROMPTS[3]) - 1 : -1].float() / heat
+        rows = torch.log_softmax(logits, -1)
+        for row, token, entry in zip(rows, completion.token_ids, completion.logprobs, strict=True):
+            assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
+
+
+def test_scores_of_completions_beside_requests_that_decode(model: Any) -> None:
+    """Scoring neither waits for what decodes nor makes it wait; a shared prompt is found in the cache."""
+    engine = model.engine
+    beside = [engine.add_request(prompt, greedy(20)) for prompt in PROMPTS[:2]]
+    engine.step()
+    pairs = [(PROMPTS[3], completion) for completion in PROMPTS] + [(PROMPTS[0], PROMPTS[3])]
+    found = model.score([PROMPTS[3], PROMPTS[0]], [PROMPTS, PROMPTS[3]], temperature=0.8)
+    for (prompt, completion), scores in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion], device="cuda"), use_cache=False).logits[0].float()
+        rows = torch.log_softmax(logits[len(prompt) - 1 : -1] / 0.8, -1).cpu()
+        assert torch.allclose(scores, rows.gather(1, torch.tensor(completion)[:, None])[:, 0], atol=1e-3)
+    last: dict[str, Any] = {}
+    while engine.has_unfinished():
+        last |= {output.request_id: output for output in engine.step()}
+    last |= {output.request_id: output for output in engine.step()}
+    alone = answers(model.generate_many(PROMPTS[:2], greedy(20)))
+    assert [last[name].outputs[0].token_ids for name in beside] == alone
+    assert_idle(model)
+
+
 def test_a_processors_fault_is_its_requests_own(model: Any, alone: list[list[list[int]]]) -> None:
     def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         if len(ids) == 3:

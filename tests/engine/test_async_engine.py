@@ -138,3 +138,62 @@ def test_closing_wakes_those_who_wait(model: Any) -> None:
 
     asyncio.run(main())
     assert not model.engine.has_unfinished()
+
+
+def test_a_pause_holds_generators_until_it_ends(model: Any) -> None:
+    expected = [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, GREEDY)]
+
+    async def scene(engine: AsyncEngine) -> None:
+        running = [asyncio.create_task(tokens_of(engine, prompt)) for prompt in PROMPTS[:2]]
+        await asyncio.sleep(0.01)
+        await engine.pause()
+        assert engine.paused
+        steps = engine.engine.stats.steps
+        late = [asyncio.create_task(tokens_of(engine, prompt)) for prompt in PROMPTS[2:]]
+        direct = asyncio.create_task(asyncio.to_thread(model.generate_many, PROMPTS, GREEDY))
+        await asyncio.sleep(0.2)
+        assert engine.engine.stats.steps == steps
+        assert not any(task.done() for task in (*late, direct))
+        await engine.resume()
+        assert not engine.paused
+        assert await asyncio.gather(*running, *late) == expected
+        assert [output.outputs[0].token_ids for output in await direct] == expected
+
+    play(model.engine, scene)
+
+
+def test_aborted_in_a_pause(model: Any) -> None:
+    """A generator ends with what its request has so far; a cancelled task leaves nothing behind."""
+
+    async def scene(engine: AsyncEngine) -> None:
+        outputs = engine.generate(PROMPTS[0], GREEDY.clone(max_tokens=200), request_id="mine")
+        first = await anext(outputs)  # type: ignore[arg-type]
+        task = asyncio.create_task(tokens_of(engine, PROMPTS[1], GREEDY.clone(max_tokens=200)))
+        await asyncio.sleep(0.01)
+        await engine.pause()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.engine.abort("mine")
+        last = [output async for output in outputs][-1]
+        assert last.outputs[0].finish_reason == "abort"
+        assert last.outputs[0].token_ids[:1] == first.outputs[0].token_ids
+        assert engine.paused
+        await engine.resume()
+
+    play(model.engine, scene)
+
+
+def test_closing_in_a_pause(model: Any) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(model.engine)
+        await engine.pause()
+        task = asyncio.create_task(tokens_of(engine, PROMPTS[0]))
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(asyncio.to_thread(engine.close), timeout=30)
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(task, timeout=30)
+
+    asyncio.run(main())
+    model.engine.resume()
+    assert not model.engine.has_unfinished()

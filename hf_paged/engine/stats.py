@@ -1,0 +1,34 @@
+"""What an engine tells about its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did, for observers."""
+
+    step: int
+    start_s: float
+    """`time.monotonic()` when it began."""
+    duration_s: float
+    decodes: list[tuple[str, int]]
+    """(request id, sample index) of each decoding sequence."""
+    chunks: list[tuple[str, int, int]]
+    """(request id, sample index, tokens) of each piece of prefill."""
+    num_waiting: int
+    active_pages: int
+    """Pages that running sequences hold."""
+    cached_pages: int
+    """Pages that only the prefix cache holds."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Tokens of prefill computed (recomputed ones included)."""
+    generation_tokens: int = 0
