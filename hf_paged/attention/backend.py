@@ -97,6 +97,25 @@ class DecodeBuffers:
     """What the rows share, where the step is one that reads it together."""
 
 
+@dataclass(frozen=True, slots=True)
+class MixedBuffers:
+    """What a step of T packed rows with room for N decodes reads on the device. As in `DecodeBuffers`, the addresses
+    are fixed. The step's decodes come first, then its spans, then padding."""
+
+    page_size: int
+    slots: Tensor
+    """int32 [N]."""
+    lengths: Tensor
+    """int32 [N]: as in `DecodeBuffers`; 0 for rows that are not decodes."""
+    write_rows: Tensor
+    """int64 [T]."""
+    block_table: Tensor
+    """int32 [slots, most pages]."""
+    max_spans: int
+    shared: SharedRanges
+    """What the decodes share."""
+
+
 class CapturedDecode(Protocol):
     """Decode attention over one set of `DecodeBuffers`."""
 
@@ -116,6 +135,26 @@ class CapturedDecode(Protocol):
     ) -> Tensor:
         """As `AttentionBackend.run` for N decode rows. Launches the same kernels over the same addresses whatever the
         buffers hold, so that it can be captured."""
+
+
+class CapturedMixed(Protocol):
+    """Attention of steps with prefill over one set of `MixedBuffers`."""
+
+    def plan(self, spans: list[tuple[int, int, int]], slots: list[int]) -> None:
+        """Before a replay: the spans as (first row, rows, tokens before), and their rows of the block table. May
+        enqueue copies to the device; must not wait for it."""
+
+    def run(
+        self,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """As `CapturedDecode.run`, for T rows; padding rows get zeros."""
 
 
 class AttentionBackend(Protocol):
@@ -156,3 +195,10 @@ class CapturableBackend(AttentionBackend, Protocol):
 
     def capture_decode(self, buffers: DecodeBuffers, layers: list[LayerSpec]) -> CapturedDecode:
         """Decode attention bound to `buffers`, for all layers."""
+
+
+class MixedCapturableBackend(CapturableBackend, Protocol):
+    """One whose steps with prefill can be captured too."""
+
+    def capture_mixed(self, buffers: MixedBuffers, layers: list[LayerSpec]) -> CapturedMixed:
+        """Attention bound to `buffers`, for all layers."""

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout
+from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout, MixedBuffers
 from hf_paged.attention.shared import SharedPlan
 from hf_paged.kernels.shared_ranges import SharedRanges
 from hf_paged.kernels.triton.append import append_kv
 from hf_paged.kernels.triton.paged_decode import paged_decode
 from hf_paged.kernels.triton.paged_prefill import make_tiles, paged_prefill, rows_per_tile
+from hf_paged.model.buffers import PackedBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,9 @@ class TritonBackend:
     def capture_decode(self, buffers: DecodeBuffers, layers: list[LayerSpec]) -> TritonCapturedDecode:
         return TritonCapturedDecode(buffers)
 
+    def capture_mixed(self, buffers: MixedBuffers, layers: list[LayerSpec]) -> TritonCapturedMixed:
+        return TritonCapturedMixed(buffers, layers, self.device)
+
 
 class TritonCapturedDecode:
     """Decode attention over one set of buffers. The kernels read all they need from these on the device."""
@@ -140,6 +144,47 @@ class TritonCapturedDecode:
             new_key=key, new_value=value, write_rows=buffers.write_rows,
             shared=buffers.shared if layer.window is None else None,
         )  # fmt: skip
+
+
+class TritonCapturedMixed:
+    """Attention of steps with prefill over one set of buffers."""
+
+    def __init__(self, buffers: MixedBuffers, layers: list[LayerSpec], device: torch.device) -> None:
+        self._buffers = buffers
+        self._heights = sorted({_rows_per_tile(layer) for layer in layers})
+        room = {height: len(buffers.write_rows) // height + buffers.max_spans for height in self._heights}
+        self._tiles = PackedBuffer({str(height): (torch.int32, 4 * room[height]) for height in room}, device)
+
+    def plan(self, spans: list[tuple[int, int, int]], slots: list[int]) -> None:
+        arrays = self._tiles.next()
+        for height in self._heights:
+            tiles = make_tiles(spans, height)
+            tiles[:, 3] = np.array(slots, dtype=np.int32)[tiles[:, 3]]
+            room = arrays[str(height)]
+            room[: tiles.size], room[tiles.size :] = tiles.ravel(), 0  # a tile of no rows does nothing
+        self._tiles.upload()
+
+    def run(
+        self,
+        layer: LayerSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        buffers, pools, options = self._buffers, (key_pool, value_pool), _options(layer, sinks)
+        out = query.new_zeros(query.shape[0], layer.num_heads, layer.value_dim)
+        scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
+        append_kv(key, value, *pools, buffers.write_rows, **scales)
+        count, rows = len(buffers.slots), _rows_per_tile(layer)
+        paged_decode(
+            query[:count], *pools, buffers.block_table, buffers.slots, buffers.lengths, **options, out=out[:count],
+            shared=buffers.shared if layer.window is None else None,
+        )  # fmt: skip
+        tiles = self._tiles.device[str(rows)].view(-1, 4)
+        return paged_prefill(query, *pools, buffers.block_table, tiles, rows=rows, **options, out=out)
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

@@ -28,6 +28,7 @@ from hf_paged.model.inputs import InputBuilder, StepInputs
 from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
 from hf_paged.model.linear import LeanLinears
 from hf_paged.model.memory import measure_activations
+from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
@@ -71,6 +72,8 @@ class ModelExecutor(Executor):
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
         self.storage: KVStorage | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         self._stream: torch.cuda.Stream | None = None
         """The stream of the last work: whatever comes next comes after it."""
         self._previous: Tensor | None = None
@@ -153,19 +156,18 @@ class ModelExecutor(Executor):
                 lean=self._lean,
                 compiled=self._compiled,
             )
-            self._graphs = self._new_graphs()
+            self._make_graphs()
             self.storage = storage
 
-    def _new_graphs(self) -> DecodeGraphs | None:
+    def _make_graphs(self) -> None:
+        self._graphs = self._mixed = None
         if not self._captures:
-            return None
-        return DecodeGraphs(
-            self._runner,
-            self._backend,  # type: ignore[arg-type]
-            self._config.max_num_seqs,
-            self._max_pages,
-            self.page_size,
-        )
+            return
+        backend: Any = self._backend
+        self._graphs = DecodeGraphs(self._runner, backend, self._config.max_num_seqs, self._max_pages, self.page_size)
+        if hasattr(backend, "capture_mixed"):
+            num_params = sum(parameter.numel() for parameter in self._lm.parameters())
+            self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
@@ -202,7 +204,11 @@ class ModelExecutor(Executor):
                 return self._replay(self._graphs, batch, writes, shared)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
-        return self._compute(batch, shared)
+        inputs = self._inputs.build(batch, shared)
+        kind = self._mixed_kind(batch, inputs)
+        if kind is not None:
+            return self._replay_mixed(kind, batch, inputs)
+        return self._compute(batch, inputs)
 
     def looks_ahead(self, request: Request) -> bool:
         return self._looks_ahead and request.fused
@@ -218,7 +224,7 @@ class ModelExecutor(Executor):
             return False
         except CaptureFailed as error:
             logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)
-            self._captures, self._graphs = False, None
+            self._captures, self._graphs, self._mixed = False, None, None
             return False
         return True
 
@@ -226,20 +232,44 @@ class ModelExecutor(Executor):
         self, graphs: DecodeGraphs, batch: Batch, writes: np.ndarray | None, shared: SharedPlan | None
     ) -> Callable[[], StepResult]:
         sources = self._inputs.sources(batch)
-        if sources is not None and self._previous is not graphs.tokens:
-            # The step before ran without a graph: its tokens go to where graphs look for them.
-            assert self._previous is not None
-            pending = sources >= 0
-            chosen = self._previous[self._runner.upload(sources[pending])]
-            graphs.tokens[: len(chosen)] = chosen
-            sources[pending] = np.arange(len(chosen))
+        self._bring_tokens(graphs, sources)
         assert self._device_sampler is not None
         landing = graphs.launch(batch.decodes, sources, self._device_sampler.params, writes, shared)
         self._previous = graphs.tokens
         return lambda: _result(landing, batch.decodes)
 
-    def _compute(self, batch: Batch, shared: SharedPlan | None) -> Callable[[], StepResult]:
-        inputs = self._inputs.build(batch, shared)
+    def _bring_tokens(self, graphs: DecodeGraphs, sources: np.ndarray | None) -> None:
+        """After a step without a graph: its tokens go to where graphs look for them, and `sources` say where."""
+        if sources is None or self._previous is graphs.tokens:
+            return
+        assert self._previous is not None
+        pending = sources >= 0
+        chosen = self._previous[self._runner.upload(sources[pending])]
+        graphs.tokens[: len(chosen)] = chosen
+        sources[pending] = np.arange(len(chosen))
+
+    def _mixed_kind(self, batch: Batch, inputs: StepInputs) -> Kind | None:
+        """Which graph a step with prefill can run in, if any."""
+        if self._mixed is None or not batch.chunks or any(first < end for first, end in inputs.prompt_rows):
+            return None
+        kind = self._mixed.kind(batch, inputs)
+        if kind is None or not _all_fused(batch.sampled()):
+            return None
+        try:
+            return kind if self._mixed.prepare(kind) else None
+        except (torch.OutOfMemoryError, CaptureFailed) as error:
+            logger.warning("steps with prefill run without CUDA graphs: one could not be captured (%s)", error)
+            self._mixed = None
+            return None
+
+    def _replay_mixed(self, kind: Kind, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
+        assert self._graphs is not None and self._mixed is not None and self._device_sampler is not None
+        self._bring_tokens(self._graphs, inputs.sources)
+        landing = self._mixed.launch(kind, batch, inputs, self._device_sampler.params)
+        self._previous = self._graphs.tokens
+        return lambda: _result(landing, batch.sampled())
+
+    def _compute(self, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
         logits = self._runner.forward(inputs, self._previous)
         sequences = batch.sampled()
         prompt_logprobs, scores = self._prompt_logprobs(batch, inputs, logits), self._scores(batch, inputs, logits)
@@ -309,7 +339,7 @@ class ModelExecutor(Executor):
                 self._watch.forget()
                 self._fused.release()
                 self._fused = self._runner.fused = self._fuse()
-            self._graphs = self._new_graphs()  # with an empty block table
+            self._make_graphs()  # with an empty block table
         self._signs = self._read_signs()
         return True
 
@@ -331,7 +361,7 @@ class ModelExecutor(Executor):
     def sleep(self) -> None:
         if self.storage is None:
             return
-        self.storage = self._graphs = self._previous = None
+        self.storage = self._graphs = self._mixed = self._previous = None
         self._runner.close()
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize(self.layout.device)

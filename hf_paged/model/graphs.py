@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,10 +39,15 @@ WRITES_PER_ROW = 2
 `page_size` per row on average."""
 
 
+Attention = TypeVar("Attention")
+
+
 @dataclass(frozen=True, slots=True)
-class _Captured:
+class Captured(Generic[Attention]):
+    """A captured step."""
+
     replay: Callable[[], None]
-    attention: CapturedDecode
+    attention: Attention
 
 
 class Recorder(Protocol):
@@ -116,11 +121,11 @@ class DecodeGraphs:
         from hf_paged.kernels.triton.sampling import sample_tokens
 
         self._prepare, self._sample, self._write_table = prepare_decode, sample_tokens, write_block_table
-        self._runner, self._backend, self._page_size = runner, backend, page_size
+        self._runner, self._backend, self.page_size = runner, backend, page_size
         self._device = device = runner.layout.device
         self.sizes = [size for size in SIZES if size < max_num_seqs] + [min(max_num_seqs, SIZES[-1])]
         rows = self.sizes[-1]
-        self._spare_slot = max_num_seqs
+        self.spare_slot = max_num_seqs
         """A row of the block table that nobody has: padding's, all page 0."""
         self.block_table = torch.zeros(max_num_seqs + 1, max_pages, dtype=torch.int32, device=device)
         int32 = dict.fromkeys(("token_ids", "sources", "slots", "lengths", "last_page_lengths"), (torch.int32, rows))
@@ -131,7 +136,7 @@ class DecodeGraphs:
             "num_writes": (torch.int32, 1),
         }
         self._inputs = PackedBuffer({**fields, **parameter_fields(rows)}, device)
-        self._outputs = PackedBuffer(result_fields(rows), device)
+        self.outputs = PackedBuffer(result_fields(rows), device)
         self._input_ids, self._positions, self._write_rows = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
@@ -148,14 +153,14 @@ class DecodeGraphs:
         self._shared = PackedBuffer(shared_fields, device)
         self._shared_plan: SharedPlan | None = None
         """The one that the device has."""
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, bool], Captured[CapturedDecode]] = {}
         self._given_up: set[int] = set()
-        self._recorder = recorder or CudaRecorder(device)
+        self.recorder = recorder or CudaRecorder(device)
 
     @property
     def tokens(self) -> Tensor:
         """int64 `[rows]`, what the last replay sampled; the next one may read its tokens from here."""
-        return self._outputs.device["tokens"]
+        return self.outputs.device["tokens"]
 
     def holds(self, count: int) -> bool:
         """Whether there is a size for so many rows."""
@@ -221,27 +226,57 @@ class DecodeGraphs:
         if writes is not None:
             arrays["writes"][: writes.size] = writes.ravel()
         self._inputs.upload()
-        if shared is not None and shared is not self._shared_plan:
-            self._upload_shared(shared, arrays["slots"], size)
+        if shared is not None:
+            self.share(shared, arrays["slots"])
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         captured.replay()
-        host = self._outputs.next()
-        self._outputs.download()
+        host = self.outputs.next()
+        self.outputs.download()
         return Landing(host, record(), self.tokens)
 
-    def _upload_shared(self, shared: SharedPlan, slots: np.ndarray, size: int) -> None:
+    # ---- shared prefixes -----------------------------------------------------------------------------------
+
+    def share(self, plan: SharedPlan | None, slots: np.ndarray) -> None:
+        """Enqueues what the next step's rows share.
+
+        Args:
+            plan: None is nothing.
+            slots: of the step's rows.
+        """
+        if plan is self._shared_plan:
+            return
         arrays = self._shared.next()
-        count = len(shared.lengths)
-        items = arrays["items"][: shared.items.size].reshape(shared.items.shape)
-        items[:] = shared.items
-        items[:, -1] = slots[shared.items[:, -1]]
-        arrays["num_items"][0] = len(items)
-        arrays["rows"][: len(shared.rows)] = shared.rows
-        for name in ("lengths", "num_parts"):
-            arrays[name][:count] = getattr(shared, name)
-            arrays[name][count:size] = 0
+        count = 0
+        if plan is not None:
+            count = len(plan.lengths)
+            items = arrays["items"][: plan.items.size].reshape(plan.items.shape)
+            items[:] = plan.items
+            items[:, -1] = slots[plan.items[:, -1]]
+            arrays["rows"][: len(plan.rows)] = plan.rows
+            arrays["lengths"][:count], arrays["num_parts"][:count] = plan.lengths, plan.num_parts
+        arrays["num_items"][0] = 0 if plan is None else len(plan.items)
+        arrays["lengths"][count:] = arrays["num_parts"][count:] = 0
         self._shared.upload()
-        self._shared_plan = shared
+        self._shared_plan = plan
+
+    def takes(self, plan: SharedPlan, rows: int) -> bool:
+        """Whether what was captured for so many rows has room for a plan."""
+        return int(plan.num_parts.max()) <= SharedLimits.of(rows, self._group).max_parts
+
+    def shared_ranges(self, rows: int) -> SharedRanges:
+        """What `share` fills, for a step of so many rows."""
+        shared, limits = self._shared.device, SharedLimits.of(rows, self._group)
+        return SharedRanges(
+            shared["items"][: ITEM_FIELDS * limits.max_items].view(-1, ITEM_FIELDS),
+            shared["num_items"],
+            shared["rows"],
+            shared["lengths"][:rows],
+            shared["num_parts"][:rows],
+            max_parts=limits.max_parts,
+            tile_rows=limits.tile_rows,
+        )
+
+    # ---- details -------------------------------------------------------------------------------------------
 
     def _size(self, count: int) -> int:
         return self.sizes[bisect.bisect_left(self.sizes, count)]
@@ -261,25 +296,22 @@ class DecodeGraphs:
         tokens[:count] = [sequence.tokens[-1] for sequence in sequences]
         arrays["sources"][:count] = -1 if sources is None else sources
         arrays["sources"][count:size] = -2
-        slots[count:size], lengths[count:size], tokens[count:size] = self._spare_slot, 1, 0
-        pages = -(-lengths[:size] // self._page_size)
-        arrays["last_page_lengths"][:size] = lengths[:size] - (pages - 1) * self._page_size
+        slots[count:size], lengths[count:size], tokens[count:size] = self.spare_slot, 1, 0
+        pages = -(-lengths[:size] // self.page_size)
+        arrays["last_page_lengths"][:size] = lengths[:size] - (pages - 1) * self.page_size
         arrays["page_indptr"][0] = 0
         np.cumsum(pages, out=arrays["page_indptr"][1 : size + 1])
 
     # ---- capture -------------------------------------------------------------------------------------------
 
-    def _capture(self, size: int, shares: bool) -> _Captured:
+    def _capture(self, size: int, shares: bool) -> Captured[CapturedDecode]:
         start = time.monotonic()
         buffers = self._buffers(size, shares)
         arrays = self._inputs.next()
         self._fill(arrays, [], None, size)
         arrays["num_writes"][0] = 0
         self._inputs.upload()
-        self._shared.device["num_items"].zero_()
-        self._shared.device["lengths"].zero_()
-        self._shared.device["num_parts"].zero_()
-        self._shared_plan = None
+        self.share(None, arrays["slots"])
         tokens = self.tokens.clone()
         try:
             attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
@@ -288,28 +320,18 @@ class DecodeGraphs:
                 self._step(size, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
             finally:
                 self.tokens.copy_(tokens)  # the next step may wait for them
-            replay = self._recorder.record(lambda: self._step(size, buffers, attention))
+            replay = self.recorder.record(lambda: self._step(size, buffers, attention))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise CaptureFailed(first_line(error)) from error
         logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
-        return _Captured(replay, attention)
+        return Captured(replay, attention)
 
     def _buffers(self, size: int, shares: bool) -> DecodeBuffers:
-        device, shared = self._inputs.device, self._shared.device
-        limits = SharedLimits.of(size, self._group)
-        ranges = SharedRanges(
-            shared["items"][: ITEM_FIELDS * limits.max_items].view(-1, ITEM_FIELDS),
-            shared["num_items"],
-            shared["rows"],
-            shared["lengths"][:size],
-            shared["num_parts"][:size],
-            max_parts=limits.max_parts,
-            tile_rows=limits.tile_rows,
-        )
+        device = self._inputs.device
         return DecodeBuffers(
-            page_size=self._page_size,
+            page_size=self.page_size,
             slots=device["slots"][:size],
             lengths=device["lengths"][:size],
             write_rows=self._write_rows[:size],
@@ -317,11 +339,11 @@ class DecodeGraphs:
             page_indptr=device["page_indptr"][: size + 1],
             page_indices=self._page_indices,
             last_page_lengths=device["last_page_lengths"][:size],
-            shared=ranges if shares else None,
+            shared=self.shared_ranges(size) if shares else None,
         )
 
     def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:
-        device, results = self._inputs.device, self._outputs.device
+        device, results = self._inputs.device, self.outputs.device
         self._write_table(device["writes"], device["num_writes"], self.block_table)
         self._prepare(
             device["token_ids"][:size],
@@ -331,7 +353,7 @@ class DecodeGraphs:
             buffers.lengths,
             buffers.page_indptr,
             self.block_table,
-            self._page_size,
+            self.page_size,
             input_ids=self._input_ids[:size],
             positions=self._positions[:size],
             write_rows=buffers.write_rows,

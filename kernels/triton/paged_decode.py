@@ -17,12 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from hf_paged.kernels.shared_ranges import SharedRanges
 from hf_paged.kernels.triton.append import FP8_MAX, to_pool, unit_stride
 from hf_paged.kernels.triton.blocks import LOG2E, block_tokens, padded_dim, pages_of, score_factors, scores_of
 from hf_paged.kernels.triton.device import multiprocessors
-from hf_paged.kernels.triton.shared_prefix import add_shared_parts, attend_shared
+from hf_paged.kernels.triton.shared_prefix import add_shared_parts, attend_shared, overlap_options
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ def _decode(
     PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LOG2: tl.constexpr,
-    FP8: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    FP8: tl.constexpr, FP8_LIMIT: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     # KV heads fastest: neighbours in time read neighbours in memory.
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -107,11 +108,6 @@ def _decode(
         total = tl.where(mine, 1.0, total)
         acc = tl.where(mine, v_new.to(q.dtype).to(tl.float32)[None, :], acc)
         end_block = tl.minimum(end_block, tl.cdiv(stored, BLOCK_N))
-    if shared_lengths is not None:
-        acc, total, peak = add_shared_parts(
-            acc, total, peak, shared_out, shared_lse, tl.where(split == 0, shared_parts, 0), row, tl.num_programs(1),
-            head, member < GROUP, KV_HEADS * GROUP, VALUE_DIM, BLOCK_VALUE,
-        )  # fmt: skip
     for _ in range(first_block, end_block):
         # What is not seen is not loaded either: it may be NaN, and 0 times NaN is NaN.
         seen = (token >= begin) & (token < stored)
@@ -138,6 +134,13 @@ def _decode(
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
 
+    if shared_lengths is not None:
+        if OVERLAPS:
+            gdc_wait()  # everything else that is read here was there before the kernel of the shared parts began
+        acc, total, peak = add_shared_parts(
+            acc, total, peak, shared_out, shared_lse, tl.where(split == 0, shared_parts, 0), row, tl.num_programs(1),
+            head, member < GROUP, KV_HEADS * GROUP, VALUE_DIM, BLOCK_VALUE,
+        )  # fmt: skip
     real = (member < GROUP)[:, None] & (value_dim < VALUE_DIM)[None, :]
     if part_out is None:
         if sinks is not None:
@@ -162,10 +165,13 @@ def _merge(
 ):  # fmt: skip
     """One row and head: parts weighted by their share of the sum of exponentials."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + row)
+    if length <= 0:
+        return
     shared = 0
     if shared_lengths is not None:
         shared = tl.load(shared_lengths + row)
-    _, first, end, blocks = _blocks_of(tl.load(lengths + row), shared, window, num_splits, HAS_WINDOW, BLOCK_N)
+    _, first, end, blocks = _blocks_of(length, shared, window, num_splits, HAS_WINDOW, BLOCK_N)
     used = tl.cdiv(end - first, blocks)  # parts beyond were never written
 
     value_dim = tl.arange(0, BLOCK_VALUE)
@@ -301,7 +307,7 @@ def paged_decode(
             another, float8_e4m3fn included. Head h reads KV head `h // (H // Hkv)`.
         block_table: int32 `[S, P]`, contiguous: page ids in order of position.
         slots: int32 `[B]`: each row's row of the block table.
-        lengths: int32 `[B]`: tokens of each sequence, 1 at least. What lies beyond is not read.
+        lengths: int32 `[B]`: tokens of each sequence. What lies beyond is not read. 0 is no sequence: nothing is done.
         scaling: multiplies the scores.
         window: a row sees this many of the latest positions, its own included.
         softcap: scores become `softcap * tanh(scores / softcap)`.
@@ -348,6 +354,7 @@ def paged_decode(
             query, key_pool, value_pool, block_table, shared, scaling=scaling, softcap=softcap, key_scale=key_scale
         )
         prefix = (shared.lengths, shared.num_parts, *found)
+    overlap = overlap_options(query.device, shared is not None)
     part_out = part_lse = None
     if num_splits > 1:
         part_out = query.new_empty(rows, heads, num_splits, value_dim, dtype=torch.float32)
@@ -364,7 +371,7 @@ def paged_decode(
             BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=block_value,
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, LOG2=LOG2E,
             FP8=key_pool.dtype == torch.float8_e4m3fn, FP8_LIMIT=FP8_MAX,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **overlap,
         )  # fmt: skip
         if num_splits > 1:
             _merge[(heads, rows)](

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_paged.kernels.shared_ranges import ALIGNMENT, ITEM_FIELDS, SharedRanges
 from hf_paged.kernels.triton.append import unit_stride
@@ -27,8 +28,10 @@ def _attend_shared(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()  # decode may begin as soon as there is room for it: it waits where it needs the parts
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if item >= tl.load(num_items):
         return
@@ -86,6 +89,15 @@ def add_shared_parts(
         acc = acc * shrink[:, None] + found * weight[:, None]
         peak = new_peak
     return acc, total, peak
+
+
+import os
+
+
+def overlap_options(device: torch.device, shared: bool) -> dict[str, bool]:
+    """How decode is launched: programmatic dependent launch."""
+    overlaps = shared and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and os.environ.get("PDL", "1") == "1"
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
 
 
 class SharedConfig(NamedTuple):
@@ -152,6 +164,7 @@ def attend_shared(
             GROUP=group, KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, PAGE_SIZE=page_size,
             FIELDS=ITEM_FIELDS, BLOCK_M=lines, BLOCK_N=config.block_n,
             BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim), HAS_SOFTCAP=softcap is not None,
+            OVERLAPS=overlap_options(query.device, True)["OVERLAPS"],
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return part_out, part_lse

@@ -1,4 +1,4 @@
-"""Decode graphs without a GPU: Triton's interpreter runs the kernels, and a graph is a function that is called again.
+"""Graphs without a GPU: Triton's interpreter runs the kernels, and a graph is a function that is called again.
 
 What is tested is everything around the device: the numbers a step uploads, padding, pending tokens, the block table.
 """
@@ -6,6 +6,7 @@ What is tested is everything around the device: the numbers a step uploads, padd
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged.engine.engine import Engine
-from hf_paged.model import graphs
+from hf_paged.model import graphs, mixed_graphs
 from hf_paged.sampling import device
 from hf_paged.state import build_engine
 
@@ -62,10 +63,10 @@ def model() -> Any:
 def graph_engine(
     model: Any, monkeypatch: pytest.MonkeyPatch, *, lookahead: bool = True, **options: Any
 ) -> tuple[Engine, Replays]:
-    """An engine whose decode steps are `Replays`."""
+    """An engine whose steps are `Replays`, those with prefill from the first one on."""
     from hf_paged.attention.triton_backend import TritonBackend
 
-    for module in (graphs, device):
+    for module in (graphs, mixed_graphs, device):
         monkeypatch.setattr(module, "record", Landed)
     options = {"max_num_seqs": 4, "page_size": 4, "num_pages": 64, "async_scheduling": lookahead} | options
     engine = build_engine(model, hf_paged.EngineConfig(**options))
@@ -75,8 +76,11 @@ def graph_engine(
     recorder = Replays()
     executor._device_sampler = device.DeviceSampler(4, torch.device("cpu"))
     executor._graphs = graphs.DecodeGraphs(
-        executor._runner, executor._backend, 4, executor._max_pages, 4, recorder=recorder
+        executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, recorder=recorder
     )
+    mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
+    mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled))
+    executor._mixed = mixed
     return engine, recorder
 
 
@@ -107,6 +111,47 @@ def stock(model: Any, count: int) -> list[list[list[int]]]:
     ]  # fmt: skip
 
 
+def mixed_replays(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(decodes, chunks) of every step with prefill that runs as a graph from here on."""
+    mixed: Any = engine.executor._mixed  # type: ignore[attr-defined]
+    found, launch = [], mixed.launch
+
+    def counted(kind: Any, batch: Any, *args: Any) -> Any:
+        found.append((len(batch.decodes), len(batch.chunks)))
+        return launch(kind, batch, *args)
+
+    monkeypatch.setattr(mixed, "launch", counted)
+    return found
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_prefill_beside_decodes(model: Any, monkeypatch: pytest.MonkeyPatch, lookahead: bool, page_size: int) -> None:
+    """More requests than slots: prompts join decodes, step by step."""
+    engine, _ = graph_engine(model, monkeypatch, lookahead=lookahead, page_size=page_size)
+    replays = mixed_replays(engine, monkeypatch)
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    many = [prompts()[i % 4][: 1 + i] for i in range(9)]
+    requests = [engine.intake.request(p, greedy.clone(max_tokens=2 + i % 3)) for i, p in enumerate(many)]
+    last = {output.request_id: output for output in engine.run(requests)}
+    for request in requests:
+        ids = torch.tensor([request.prompt_token_ids])
+        own = model.generate(ids, max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert last[request.request_id].outputs[0].token_ids == own[0, ids.shape[1] :].tolist()
+    assert sum(decodes > 0 for decodes, _ in replays) > 3
+    assert engine.scheduler.num_active_pages == 0
+
+
+def test_steps_whose_logits_are_wanted_run_without_a_graph(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = graph_engine(model, monkeypatch)
+    replays = mixed_replays(engine, monkeypatch)
+    params = hf_paged.SamplingParams(max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+    request = engine.intake.request(prompts()[3], params)
+    (output,) = [output for output in engine.run([request]) if output.finished]
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 14
+    assert not replays
+
+
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -129,7 +174,7 @@ def test_samples_of_a_prompt_are_those_of_steps_without_graphs(model: Any, monke
     found = run(with_graphs, sampled)
     assert recorder.count
     without, recorder = graph_engine(model, monkeypatch, lookahead=False)
-    without.executor._graphs = None  # type: ignore[attr-defined]
+    without.executor._graphs = without.executor._mixed = None  # type: ignore[attr-defined]
     assert run(without, sampled) == found
     assert not recorder.count
 
@@ -157,7 +202,7 @@ def test_log_probabilities_come_with_the_tokens(model: Any, monkeypatch: pytest.
 def test_many_changes_of_the_block_table_go_up_on_their_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "WRITES_PER_ROW", 0)
     engine, recorder = graph_engine(model, monkeypatch, page_size=1, num_pages=256)
-    engine.executor._graphs._page_size = 1  # type: ignore[attr-defined]
+    engine.executor._graphs.page_size = 1  # type: ignore[attr-defined]
     greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     assert run(engine, greedy) == stock(model, 2)
     assert recorder.count
@@ -172,7 +217,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(
         def record(self, work: Callable[[], None]) -> Callable[[], None]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine.executor._graphs._recorder = Refuses()  # type: ignore[attr-defined]
+    engine.executor._graphs.recorder = Refuses()  # type: ignore[attr-defined]
     greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     assert run(engine, greedy) == stock(model, 2)
     assert sum("cannot be captured" in record.message for record in caplog.records) == 1
