@@ -75,6 +75,8 @@ class Engine:
         self._weight_version = 0
         self._announced = False
         """Whether a change of the weights was counted since they were last looked at."""
+        self._noticed = False
+        """Whether the last change that was counted was noticed, and nobody has told of it yet."""
         self._flight: _Flight | None = None
         self._landed_s = 0.0
         self._held: set[str] = set()
@@ -125,7 +127,8 @@ class Engine:
     @property
     def weight_version(self) -> int:
         """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
-        while requests are unfinished, by a look at the weights when it gets work again."""
+        while requests are unfinished, by a look at the weights when it gets work again. What is noticed and told of
+        afterwards counts once."""
         return self._weight_version
 
     def weights_updated(self, kv: str = "keep") -> None:
@@ -142,7 +145,7 @@ class Engine:
         """
         if kv not in ("keep", "recompute"):
             raise ValueError(f'kv must be "keep" or "recompute", got {kv!r}')
-        self._ask(self._weights_changed, *([self._start_over] if kv == "recompute" else []))
+        self._ask(self._weights_told, *([self._start_over] if kv == "recompute" else []))
 
     @property
     def paused(self) -> bool:
@@ -491,6 +494,7 @@ class Engine:
     def _read_inbox(self) -> None:
         if self._requests and self.executor.optimizer_stepped():
             self._weights_changed()
+            self._noticed = True
         while self._inbox:
             self._inbox[0]()  # may be done twice if it is interrupted, and must not mind
             self._inbox.popleft()
@@ -522,9 +526,15 @@ class Engine:
         if self.executor.prepare() and self._requests:
             self._start_over()
         changed = self.executor.weights_changed()
-        if changed and self._saw_weights and not self._announced:
+        self._noticed = changed and self._saw_weights and not self._announced
+        if self._noticed:
             self._weights_changed()
         self._saw_weights, self._announced = True, False
+
+    def _weights_told(self) -> None:
+        if not self._noticed or self.executor.weights_changed():
+            self._weights_changed()
+        self._noticed = False
 
     def _weights_changed(self) -> None:
         """What is launched from here on is computed with other weights."""
