@@ -6,11 +6,22 @@ import runpy
 from pathlib import Path
 
 import pytest
+from models.families import make_model
+from models.tiny_tokenizer import make_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_async_rl(smollm2_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(params=["tiny", pytest.param("SmolLM2", marks=pytest.mark.slow)])
+def small_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples load SmolLM2, which takes longer than all the rest of them: mostly a tiny model does."""
+    if request.param == "SmolLM2":
+        request.getfixturevalue("smollm2_dir")
+    else:
+        monkeypatch.setattr("hf_paged.bench.models.load_smollm2", lambda: (make_model("Llama"), make_tokenizer()))
+
+
+def test_async_rl(small_model: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Two changes of the weights in the middle of rollouts, each counted once and seen in what they compute."""
     after = runpy.run_path(str(EXAMPLES / "async_rl.py"))
     assert after["engine"].weight_version == 2
