@@ -14,7 +14,8 @@ from hf_paged.bench.peers import run_continuous_batching, run_generate, run_vllm
 from hf_paged.bench.run import Deadline, EngineRun, Settings, TimeLimitError, best_of
 from hf_paged.bench.workloads import Workload
 from hf_paged.cache.storage import page_bytes
-from hf_paged.engine.engine import Engine, StepRecord
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.stats import StepRecord
 
 START_LENGTH = 8
 WARM_UP_PROMPTS, WARM_UP_LENGTH, WARM_UP_TOKENS = 16, 32, 4

@@ -18,7 +18,8 @@ from hf_paged.bench.floor import ModelCost, Rates, measure_rates, step_floor, sy
 from hf_paged.bench.models import free_memory, make_subject
 from hf_paged.bench.throughput import machine, rates_text
 from hf_paged.bench.workloads import Workload
-from hf_paged.engine.engine import Engine, StepRecord
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.stats import StepRecord
 
 WARM_STEPS = 5
 TTFT_RUNS = 3

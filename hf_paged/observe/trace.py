@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_paged.engine.engine import Engine, StepRecord
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.stats import StepRecord
 
 _Spans = dict[tuple[str, int], list[tuple[int, int]]]
 """By (request id, sample index): (step, number of steps)."""

@@ -201,7 +201,14 @@ class Interrupter:
 
     FILES = frozenset(
         str(ROOT / name)
-        for name in ("engine/engine.py", "engine/scheduler.py", "engine/output.py", "cache/pages.py", "cache/prefix.py")
+        for name in (
+            "engine/engine.py",
+            "engine/loop.py",
+            "engine/scheduler.py",
+            "engine/output.py",
+            "cache/pages.py",
+            "cache/prefix.py",
+        )
     )
 
     OUTER = (Engine._step.__code__, Engine._launch.__code__, Engine._land.__code__)

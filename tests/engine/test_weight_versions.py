@@ -73,22 +73,33 @@ def test_what_changes_no_weights_does_not_count(model: Any) -> None:
     assert versions(model) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("how", ["told", "optimizer"])
+@pytest.mark.parametrize("how", ["told", "optimizer", "optimizer, told", "optimizer, noticed, told", "resumed, told"])
 def test_a_change_while_requests_run_counts_once(how: str, model: Any) -> None:
+    """Whether it is told of before or after the engine has noticed it, or not at all."""
     engine = model.engine
     name = engine.add_request(PROMPTS[1], greedy(9))
     for _ in range(4):
         engine.step()
-    if how == "told":
-        change(model)
-        engine.weights_updated()
-    else:
+    if how.startswith("optimizer"):
         optimizer_step(model)
+    else:
+        change(model)
+    if "noticed" in how:
+        engine.step()
+    if "resumed" in how:
+        engine.pause()
+        engine.resume()
+    if "told" in how:
+        engine.weights_updated()
+        assert engine.weight_version == 1
     found = drain(engine)[name].outputs[0].weight_versions
     assert found == sorted(found)
     assert set(found) == {0, 1}
     assert len(found) == 9
     assert versions(model) == [1, 1, 1]
+    for version in (2, 3):  # who says so without a change is believed
+        engine.weights_updated()
+        assert engine.weight_version == version
 
 
 # ---- per token ---------------------------------------------------------------------------------------------
