@@ -20,6 +20,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 """What fields with a few possible values may say."""
 
 
+_COUNTS = (
+    "page_size",
+    "num_pages",
+    "kv_cache_memory_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How an engine is built. The defaults suit most uses.
@@ -37,8 +47,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     """Share of the GPU's memory that the process may use, weights included, when the pool is sized from what is
     free."""
-    max_num_seqs: int = 256
-    """Sequences that run at once."""
+    max_num_seqs: int | None = None
+    """Sequences that run at once. None: 256, on a GPU of 70 GiB or more 512; `max_num_batched_tokens` if that is
+    less."""
     max_num_batched_tokens: int | None = None
     """Tokens computed per step, prefill and decode together. None: 2048 on a CPU, 8192 on a GPU, 16384 on one of 70
     GiB or more; `max_num_seqs` if that is more."""
@@ -67,15 +78,13 @@ class EngineConfig:
     `SamplingParams.logprobs_mode` goes before."""
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "num_pages", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_model_len"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         if self.page_size is not None and self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")
-        if isinstance(self.max_num_seqs, bool) or not isinstance(self.max_num_seqs, int) or self.max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs must be a positive integer, got {self.max_num_seqs!r}")
-        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"

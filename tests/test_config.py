@@ -31,9 +31,9 @@ def test_defaults() -> None:
     [
         (name, value)
         for name in ("page_size", "num_pages", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_model_len")
+        + ("max_num_seqs",)
         for value in (0, -16, 16.0, "16", True)
     ]
-    + [("max_num_seqs", value) for value in (0, -1, 2.0, None, True)]
     + [("page_size", value) for value in (3, 12, 48)]
     + [("gpu_memory_utilization", value) for value in (0.0, -0.5, 1.01, NAN)]
     + [("logprobs_mode", value) for value in ("raw", "", None, "raw_logits")]

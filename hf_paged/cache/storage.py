@@ -31,11 +31,13 @@ def choose_num_pages(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    max_num_seqs: int,
     reserved_bytes: int = 0,
 ) -> int:
     """Pages for the pool: what the config says, else what fits in the memory that is free.
 
     Args:
+        max_model_len, max_num_seqs: so long and so many sequences are the most that could be used.
         reserved_bytes: of that, what is to be left for other things.
 
     Raises:
@@ -47,7 +49,7 @@ def choose_num_pages(
     budget = config.kv_cache_memory_bytes
     if budget is None:
         budget = _free_bytes(device, config.gpu_memory_utilization) - reserved_bytes
-    useful = config.max_num_seqs * -(-max_model_len // page_size)
+    useful = max_num_seqs * -(-max_model_len // page_size)
     count = min(budget // size, useful)
     if count < 1:
         raise ValueError(

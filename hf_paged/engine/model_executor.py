@@ -39,6 +39,8 @@ from hf_paged.sampling.sampler import Sampled, Sampler
 logger = logging.getLogger(__name__)
 
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 32, 16
+NUM_SEQS, LARGE_NUM_SEQS = 256, 512
+"""Sequences at once; the larger on GPUs of 70 GiB and more."""
 TOKEN_BUDGET, LARGE_TOKEN_BUDGET = 2048, 16384
 """Tokens per step; the larger on GPUs of 70 GiB and more. What a step of prefill costs the host is then well hidden
 behind the device's work, for small models too."""
@@ -68,7 +70,9 @@ class ModelExecutor(Executor):
                 f"max_model_len ({self.max_model_len}) exceeds the model's own limit of {layout.max_model_len}"
             )
         self.page_size = config.page_size or (GPU_PAGE_SIZE if on_gpu else CPU_PAGE_SIZE)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or max(_token_budget(device), config.max_num_seqs)
+        tokens, sequences = config.max_num_batched_tokens, config.max_num_seqs
+        self.max_num_batched_tokens = tokens or max(_token_budget(device), sequences or 0)
+        self.max_num_seqs = sequences or min(_default_num_seqs(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
         self.storage: KVStorage | None = None
@@ -101,16 +105,23 @@ class ModelExecutor(Executor):
         activations = 0
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             activations = measure_activations(
-                model, layout, self._backend, self.max_num_batched_tokens, config.max_num_seqs
+                model, layout, self._backend, self.max_num_batched_tokens, self.max_num_seqs
             )
         self.num_pages = choose_num_pages(
-            config, layout.layers, self.page_size, self._kv_dtype, device, self.max_model_len, activations
+            config,
+            layout.layers,
+            self.page_size,
+            self._kv_dtype,
+            device,
+            self.max_model_len,
+            self.max_num_seqs,
+            activations,
         )
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
-        self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
+        self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
         self._sharing = self._new_planner()
         self._sampler = Sampler(layout.vocab_size, device)
-        self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
+        self._device_sampler = DeviceSampler(self.max_num_seqs, device) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
@@ -164,7 +175,7 @@ class ModelExecutor(Executor):
         if not self._captures:
             return
         backend: Any = self._backend
-        self._graphs = DecodeGraphs(self._runner, backend, self._config.max_num_seqs, self._max_pages, self.page_size)
+        self._graphs = DecodeGraphs(self._runner, backend, self.max_num_seqs, self._max_pages, self.page_size)
         if hasattr(backend, "capture_mixed"):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
@@ -319,6 +330,8 @@ class ModelExecutor(Executor):
             with self._in_order():
                 kinds = (False, True) if self._sharing is not None else (False,)
                 for size, shares in itertools.product(self._graphs.sizes, kinds):
+                    if shares and size == 1:
+                        continue  # one row shares nothing
                     if self._graphs is not None and self._graphs.holds(size):
                         self._prepare_graph(size, shares)
 
@@ -383,8 +396,15 @@ class ModelExecutor(Executor):
 def _token_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return TOKEN_BUDGET
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return LARGE_TOKEN_BUDGET if memory >= 70 << 30 else LARGE_TOKEN_BUDGET // 2
+    return LARGE_TOKEN_BUDGET if _is_large(device) else LARGE_TOKEN_BUDGET // 2
+
+
+def _default_num_seqs(device: torch.device) -> int:
+    return LARGE_NUM_SEQS if _is_large(device) else NUM_SEQS
+
+
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 70 << 30
 
 
 def _all_fused(sequences: list[Sequence]) -> bool:

@@ -354,7 +354,7 @@ def paged_decode(
             query, key_pool, value_pool, block_table, shared, scaling=scaling, softcap=softcap, key_scale=key_scale
         )
         prefix = (shared.lengths, shared.num_parts, *found)
-    overlap = overlap_options(query.device, shared is not None)
+    overlap = {"OVERLAPS": False} if shared is None else overlap_options(query)
     part_out = part_lse = None
     if num_splits > 1:
         part_out = query.new_empty(rows, heads, num_splits, value_dim, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from families import left_pad, make_model, make_prompts
 
 import hf_paged
 from hf_paged import SamplingParams
+from hf_paged.attention.shared import SharedPlanner
 from hf_paged.model import graphs as graphs_module
 
 pytestmark = [
@@ -64,6 +66,10 @@ def graphs_of(model: Any) -> Any:
     return model.engine.executor._graphs
 
 
+def sizes_of(graphs: Any) -> set[int]:
+    return {size for size, _ in graphs._captured}
+
+
 def count_replays(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes of all steps that run as graphs from here on."""
     graphs, sizes = graphs_of(model), []
@@ -93,7 +99,7 @@ def test_batches_of_every_size_in_turn(
     for count in range(1, 21):
         assert answers(model, PROMPTS[:count], greedy(6)) == [tokens[:6] for tokens in expected[:count]]
     assert set(sizes) == set(range(1, 21)), "not all ran as graphs"
-    assert sorted(graphs_of(model)._captured) == [1, 2, 4, 8, 16, 32]
+    assert sizes_of(graphs_of(model)) == {1, 2, 4, 8, 16, 32}
 
 
 @pytest.mark.parametrize("options", [{}, {"async_scheduling": False}, {"num_pages": 40, "max_num_seqs": 12}], ids=str)
@@ -135,12 +141,39 @@ def test_warming_up_captures_all_there_are(expected: list[list[int]]) -> None:
     model = wrap(make(), compile="off", max_num_seqs=20)
     model.engine.warm_up()
     captured = dict(graphs_of(model)._captured)
-    assert sorted(captured) == [1, 2, 4, 8, 16, 20]
+    assert set(captured) == {(1, False), *itertools.product((2, 4, 8, 16, 20), (False, True))}
     assert answers(model, PROMPTS, [greedy(4 + i) for i in range(20)]) == [
         tokens[: 4 + i] for i, tokens in enumerate(expected)
     ]
     model.engine.warm_up()
     assert graphs_of(model)._captured == captured
+
+
+def test_prefill_beside_decodes(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests than slots: as soon as a kind of step comes again, it is a graph."""
+    model = wrap(make(), compile="off", max_num_seqs=8)
+    mixed, kinds = model.engine.executor._mixed, []
+    launch = mixed.launch
+    monkeypatch.setattr(mixed, "launch", lambda kind, *args: kinds.append(kind) or launch(kind, *args))
+    for _ in range(2):
+        found = answers(model, PROMPTS, [greedy(4 + i) for i in range(20)])
+        assert found == [tokens[: 4 + i] for i, tokens in enumerate(expected)]
+    assert len(kinds) > 10 and len(set(kinds)) > 1
+
+
+@pytest.mark.parametrize("slots", [8, 32])
+def test_prompts_that_begin_alike(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they share is read once, in steps with prefill beside them too."""
+    monkeypatch.setattr(SharedPlanner, "_pays", lambda *_: True)
+    system = make_prompts([130], seed=3)[0]
+    prompts = [system + PROMPTS[i % 3] + PROMPTS[i] for i in range(20)]
+    model = make()
+    batch = {name: tensor.to("cuda") for name, tensor in left_pad(prompts).items()}
+    out = model.generate(**batch, do_sample=False, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
+    wrap(model, compile="off", max_num_seqs=slots)
+    for _ in range(2):  # the second time, all of them find the prefix in the cache
+        assert answers(model, prompts, [greedy(4 + i) for i in range(20)]) == [t[: 4 + i] for i, t in enumerate(out)]
+    assert any(shares for _, shares in graphs_of(model)._captured)
 
 
 def test_warming_up_while_requests_run(expected: list[list[int]]) -> None:
@@ -285,10 +318,10 @@ def test_no_memory_for_one_graph(
     graphs = graphs_of(model)
     capture = graphs._capture
 
-    def short(size: int) -> Any:
+    def short(size: int, shares: bool) -> Any:
         if size == 4:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-        return capture(size)
+        return capture(size, shares)
 
     monkeypatch.setattr(graphs, "_capture", short)
     lengths = [NEW - 2 * i for i in range(8)]
@@ -296,6 +329,6 @@ def test_no_memory_for_one_graph(
         found = answers(model, PROMPTS[:8], [greedy(length) for length in lengths])
         assert found == [tokens[:length] for tokens, length in zip(expected, lengths, strict=False)]
     assert graphs_of(model) is graphs
-    assert sorted(graphs._captured) == [1, 2, 8]
+    assert sizes_of(graphs) == {1, 2, 8}
     assert len(warnings_of(caplog)) == 1
     assert model.engine.scheduler.max_num_seqs == 32

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
+from hf_paged.attention.shared import SharedPlanner
 from hf_paged.engine.engine import Engine
 from hf_paged.model import graphs, mixed_graphs
 from hf_paged.sampling import device
@@ -140,6 +141,27 @@ def test_prefill_beside_decodes(model: Any, monkeypatch: pytest.MonkeyPatch, loo
         assert last[request.request_id].outputs[0].token_ids == own[0, ids.shape[1] :].tolist()
     assert sum(decodes > 0 for decodes, _ in replays) > 3
     assert engine.scheduler.num_active_pages == 0
+
+
+@pytest.mark.parametrize("slots", [3, 4])
+def test_prompts_that_begin_alike(model: Any, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    """What they share is read once, by steps with prefill too."""
+    engine, recorder = graph_engine(model, monkeypatch, page_size=16, max_num_seqs=slots)
+    planner = SharedPlanner(page_size=16, token_bytes=1, kv_heads=2, group=2, multiprocessors=4)
+    monkeypatch.setattr(planner, "_pays", lambda *_: True)
+    engine.executor._sharing = planner  # type: ignore[attr-defined]
+    plans, plan = [], planner.plan
+    monkeypatch.setattr(planner, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    system = torch.randint(3, 64, (66,), generator=torch.Generator().manual_seed(2)).tolist()
+    many = [system + prompts()[i % 3] for i in range(5)]
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    requests = [engine.intake.request(p, greedy.clone(max_tokens=4 + i % 3)) for i, p in enumerate(many)]
+    last = {output.request_id: output for output in engine.run(requests)}
+    for request in requests:
+        ids = torch.tensor([request.prompt_token_ids])
+        own = model.generate(ids, max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert last[request.request_id].outputs[0].token_ids == own[0, ids.shape[1] :].tolist()
+    assert recorder.count and any(plan is not None and (plan.lengths == 64).all() for plan in plans)
 
 
 def test_steps_whose_logits_are_wanted_run_without_a_graph(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
