@@ -393,6 +393,8 @@ def test_decode_config() -> None:
 
     assert [block(rows) for rows in (1, 32, 49, 50, 64, 99, 100, 256)] == [64, 64, 64, 32, 32, 32, 64, 64]
     assert block(64, dim=64) == 64  # a block is of 16 KiB anyway
+    few, many = (decode_config(4, 128, 128, 2, rows * 8 / 132, shared=True) for rows in (128, 256))
+    assert few == (64, 4, 2) and many == (16, 1, 3)
 
 
 # ---- prefill ---------------------------------------------------------------------------------------------------
