@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_paged.sampling_params import LOGPROBS_MODES
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
@@ -13,7 +15,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "cuda_graphs": (True, False),
     "fuse_linear": (True, False, None),
     "async_scheduling": (True, False, None),
-    "logprobs_mode": ("raw_logprobs", "processed_logprobs"),
+    "logprobs_mode": LOGPROBS_MODES,
 }
 """What fields with a few possible values may say."""
 
@@ -60,8 +62,9 @@ class EngineConfig:
     async_scheduling: bool | None = None
     """Schedule and launch the next step while the device computes this one. None: on a GPU."""
     logprobs_mode: str = "raw_logprobs"
-    """Log-probabilities of the model itself ("raw_logprobs"), or after penalties, temperature, top-k...
-    ("processed_logprobs")."""
+    """Log-probabilities of the model itself ("raw_logprobs"), after penalties, temperature, top-k...
+    ("processed_logprobs"), or after temperature alone ("scaled_logprobs"). A request's own
+    `SamplingParams.logprobs_mode` goes before."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_model_len"):

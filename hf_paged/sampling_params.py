@@ -17,6 +17,12 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it divide logits into infinities; they mean greedy."""
 
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "scaled_logprobs")
+"""Which distribution reported log-probabilities are of: the model's own; that which the token was drawn from, after all
+adjustments; the model's own at the request's temperature (over the whole vocabulary, nothing else applied, greedy as
+temperature 1), which is what trainers compute again and compare with."""
+
+
 class RequestOutputKind(Enum):
     """What each output of a request carries."""
 
@@ -71,7 +77,10 @@ class SamplingParams:
     """Report the sampled token's log-probability and those of this many likeliest tokens; -1 is the whole
     vocabulary."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens. Such a prompt is computed in full, whatever is cached."""
+    """The same for the prompt's tokens, always of the model's own distribution. Such a prompt is computed in full,
+    whatever is cached."""
+    logprobs_mode: str | None = None
+    """Which distribution `logprobs` is of, one of `LOGPROBS_MODES`. None: as `EngineConfig.logprobs_mode` says."""
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -115,6 +124,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), low=-1)
+        if self.logprobs_mode is not None and self.logprobs_mode not in LOGPROBS_MODES:
+            told = ", ".join(f'"{mode}"' for mode in LOGPROBS_MODES)
+            raise ValueError(f"logprobs_mode must be one of {told} or None, got {self.logprobs_mode!r}")
         for name in (
             "ignore_eos",
             "detokenize",
@@ -249,7 +261,7 @@ class SamplingParams:
         lost = [
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
-            + ("logits_processors", "logprobs", "prompt_logprobs", "seed")
+            + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed")
             if getattr(self, name) not in (defaults[name], [], {})
         ]
         if self.max_tokens is None:  # without a length transformers would stop at its own default

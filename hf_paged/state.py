@@ -92,6 +92,7 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         max_model_len=executor.max_model_len,
         pool_tokens=num_pages * executor.page_size,
         eos_token_ids=functools.partial(_eos_token_ids, causal_lm(model), tokenizer),
+        logprobs_mode=config.logprobs_mode,
     )
     return Engine(executor, scheduler, intake)
 

@@ -67,7 +67,7 @@ CHOICES: dict[str, list[Any]] = {
     "cuda_graphs": [True, False],
     "fuse_linear": [True, False, None],
     "async_scheduling": [True, False, None],
-    "logprobs_mode": ["raw_logprobs", "processed_logprobs"],
+    "logprobs_mode": ["raw_logprobs", "processed_logprobs", "scaled_logprobs"],
 }
 
 

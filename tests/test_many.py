@@ -269,6 +269,36 @@ def test_processed_logprobs(stock: Any) -> None:
         assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-4)
 
 
+@pytest.mark.parametrize("engines", ["raw_logprobs", "processed_logprobs", "scaled_logprobs"])
+def test_each_request_says_what_its_logprobs_are_of(engines: str, stock: Any) -> None:
+    """All kinds side by side; None is the engine's. Prompt log-probabilities are raw."""
+    model = hf_paged.wrap(copy.deepcopy(stock), **OPTIONS, logprobs_mode=engines)
+    modes = [None, "raw_logprobs", "processed_logprobs", "scaled_logprobs", "scaled_logprobs"]
+    temperatures = [2.0, 2.0, 2.0, 0.6, 0.0]
+    params = [
+        SamplingParams(seed=i, max_tokens=5, logprobs=0, temperature=t, top_k=4, logprobs_mode=mode, prompt_logprobs=p)
+        for i, (mode, t, p) in enumerate(zip(modes, temperatures, [None, None, None, 0, None], strict=True))
+    ]
+    outputs = model.generate_many([PROMPTS[2]] * 5, [p.clone(ignore_eos=True) for p in params])
+    for mode, temperature, output in zip(modes, temperatures, outputs, strict=True):
+        completion = output.outputs[0]
+        with torch.no_grad():
+            raw = stock(torch.tensor([PROMPTS[2] + completion.token_ids])).logits[0]
+        logits = raw[len(PROMPTS[2]) - 1 : -1]
+        if (mode or engines) != "raw_logprobs":
+            logits = logits / (temperature or 1.0)
+        if (mode or engines) == "processed_logprobs":
+            logits = logits.masked_fill(logits < logits.topk(4).values[:, -1:], -torch.inf)
+        rows = torch.log_softmax(logits, -1)
+        for row, token, entry in zip(rows, completion.token_ids, completion.logprobs, strict=True):
+            assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-4)
+        if output.prompt_logprobs:
+            of_prompt = torch.log_softmax(raw, -1)[torch.arange(len(PROMPTS[2]) - 1), PROMPTS[2][1:]]
+            found = [entry[t].logprob for t, entry in zip(PROMPTS[2][1:], output.prompt_logprobs[1:], strict=True)]
+            assert found == pytest.approx(of_prompt.tolist(), abs=1e-4)
+    assert sum(output.prompt_logprobs is not None for output in outputs) == 1
+
+
 @pytest.mark.parametrize("budget", [None, 16])
 def test_prompt_logprobs(budget: int | None, stock: Any) -> None:
     model = hf_paged.wrap(copy.deepcopy(stock), **OPTIONS, max_num_batched_tokens=budget)

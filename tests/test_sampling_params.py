@@ -47,8 +47,8 @@ VLLM_DEFAULTS = {
 }
 """vLLM 0.33's fields; not all of them exist here."""
 
-OURS = {"logits_processors": None, "priority": 0}
-"""What vLLM says elsewhere (its logits processors belong to the engine, its priority to the call)."""
+OURS = {"logits_processors": None, "priority": 0, "logprobs_mode": None}
+"""What vLLM says elsewhere (its logits processors and logprobs_mode belong to the engine, its priority to the call)."""
 
 
 def test_defaults_are_vllms() -> None:
@@ -86,6 +86,7 @@ BAD_VALUES: list[tuple[str, list[Any]]] = [
     ("min_tokens", [17]),
     ("logprobs", [-2, 1.5, "1", True]),
     ("prompt_logprobs", [-2, 1.5, "1", True]),
+    ("logprobs_mode", ["raw", "", 0, True, "raw_logits"]),
     ("detokenize", [0, None, "yes"]),
     ("skip_special_tokens", [0, None, "yes"]),
     ("spaces_between_special_tokens", [0, None, "yes"]),
@@ -271,6 +272,7 @@ def test_stop_token_ids_as_a_set_survive() -> None:
         ("logits_processors", [len]),
         ("logprobs", 0),
         ("prompt_logprobs", 1),
+        ("logprobs_mode", "raw_logprobs"),
         ("ignore_eos", True),
         ("stop_token_ids", [3]),
         ("seed", 0),

@@ -29,6 +29,7 @@ class Intake:
         max_model_len: prompt and output together.
         pool_tokens: what fits in the whole page pool.
         eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
+        logprobs_mode: for requests that name none.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Intake:
         max_model_len: int,
         pool_tokens: int,
         eos_token_ids: Callable[[], frozenset[int]],
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.pool_tokens = pool_tokens
         self.eos_token_ids = eos_token_ids
+        self.logprobs_mode = logprobs_mode
         self._numbers = itertools.count()
         self._said_greedy = False
 
@@ -84,6 +87,7 @@ class Intake:
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
             stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
             bad_words=self._bad_words(sampling.bad_words or []),
+            logprobs_mode=self.logprobs_mode,
             hooks=hooks,
         )
 

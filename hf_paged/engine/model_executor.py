@@ -103,8 +103,7 @@ class ModelExecutor(Executor):
         )
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, config.max_num_seqs, self._max_pages)
-        self._processed = config.logprobs_mode == "processed_logprobs"
-        self._sampler = Sampler(layout.vocab_size, device, processed_logprobs=self._processed)
+        self._sampler = Sampler(layout.vocab_size, device)
         self._device_sampler = DeviceSampler(config.max_num_seqs, device) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
@@ -178,7 +177,7 @@ class ModelExecutor(Executor):
             self.storage.copy_pages(batch.copies)
         if self._graphs is not None:
             writes = self._inputs.write_pages(batch)
-            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and self._all_alone(batch.decodes)
+            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and _all_fused(batch.decodes)
             if fits and self._prepare_graph(len(batch.decodes)):
                 return self._replay(self._graphs, batch, writes)
             if writes is not None and self._graphs is not None:
@@ -186,15 +185,7 @@ class ModelExecutor(Executor):
         return self._compute(batch)
 
     def looks_ahead(self, request: Request) -> bool:
-        return self._looks_ahead and self._samples_alone(request)
-
-    def _samples_alone(self, request: Request) -> bool:
-        return request.fused and not (self._processed and request.sampling.logprobs is not None)
-
-    def _all_alone(self, sequences: list[Sequence]) -> bool:
-        if self._processed:
-            return all(self._samples_alone(sequence.request) for sequence in sequences)
-        return all(sequence.request.fused for sequence in sequences)
+        return self._looks_ahead and request.fused
 
     def _prepare_graph(self, count: int) -> bool:
         """Whether there is a graph for so many decodes."""
@@ -232,7 +223,7 @@ class ModelExecutor(Executor):
         prompt_logprobs = self._prompt_logprobs(batch, inputs, logits)
         if inputs.sample_rows != list(range(len(logits))):
             logits = logits[self._runner.upload(np.array(inputs.sample_rows, dtype=np.int64))]
-        if sequences and self._device_sampler is not None and self._all_alone(sequences):
+        if sequences and self._device_sampler is not None and _all_fused(sequences):
             landing = self._device_sampler.sample(logits, sequences)
             self._previous = landing.tokens_on_device
             return lambda: _result(landing, sequences, prompt_logprobs)
@@ -320,6 +311,10 @@ def _token_budget(device: torch.device) -> int:
         return TOKEN_BUDGET
     memory = torch.cuda.get_device_properties(device).total_memory
     return LARGE_TOKEN_BUDGET if memory >= 70 << 30 else LARGE_TOKEN_BUDGET // 2
+
+
+def _all_fused(sequences: list[Sequence]) -> bool:
+    return all(sequence.request.fused for sequence in sequences)
 
 
 def _result(

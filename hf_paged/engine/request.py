@@ -106,6 +106,7 @@ class Request:
         prompt_token_ids: at least one token id.
         sampling: how to sample; `sampling.n` sequences are made.
         prompt: the text, for the output; not used otherwise.
+        logprobs_mode: where `sampling` names none.
         hooks: only from `generate`; then n must be 1.
     """
 
@@ -120,6 +121,7 @@ class Request:
         max_tokens: int | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         bad_words: list[list[int]] | None = None,
+        logprobs_mode: str = "raw_logprobs",
         hooks: Hooks | None = None,
     ) -> None:
         self.request_id = request_id
@@ -132,6 +134,7 @@ class Request:
         """Every id that ends a sequence: the model's end-of-sequence ids and the request's own."""
         self.bad_words = bad_words or []
         """`sampling.bad_words` as token ids."""
+        self.logprobs_mode = sampling.logprobs_mode or logprobs_mode
         self.hooks = hooks
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
@@ -147,9 +150,16 @@ class Request:
         )
         self.simple = untouched and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""
-        self.fused = untouched and sampling.logprobs in (None, 0) and sampling.prompt_logprobs is None
+        self.shows_processed = self.logprobs_mode == "processed_logprobs" and sampling.logprobs is not None
+        """Its log-probabilities are of what its tokens are drawn from."""
+        self.fused = (
+            untouched
+            and not self.shows_processed
+            and sampling.logprobs in (None, 0)
+            and sampling.prompt_logprobs is None
+        )
         """A device can sample it alone: nothing touches its logits before temperature, and nobody asks for more than
-        the log-probabilities of the sampled tokens."""
+        the log-probabilities of the sampled tokens, before filters."""
         self.priority = sampling.priority
         self.reserved = 0
         """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""

@@ -190,6 +190,7 @@ class DecodeGraphs:
         fill_parameters(arrays, sequences, params)
         for name in ("temperature", "wants_logprob"):  # padding is greedy: the cheapest
             arrays[name][len(sequences) : size] = 0
+        arrays["logprob_scale"][len(sequences) : size] = 1
         if writes is not None and 3 * len(writes) > len(arrays["writes"]):
             self.write_pages(writes)
             writes = None

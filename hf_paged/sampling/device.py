@@ -21,6 +21,7 @@ _PARAMETERS = {
     "min_p": torch.float32,
     "keys": torch.int64,
     "wants_logprob": torch.int32,
+    "logprob_scale": torch.float32,
 }
 _RESULTS = {"tokens": torch.int64, "logprobs": torch.float32, "ranks": torch.int32}
 

@@ -19,6 +19,7 @@ RECORD = np.dtype(
         ("top_p", np.float32),
         ("min_p", np.float32),
         ("wants_logprob", np.int32),
+        ("logprob_scale", np.float32),
         ("noise", np.uint64),
     ]
 )
@@ -41,6 +42,8 @@ class SamplingRows:
     """int64 `[B]`: the bits of `row_keys`."""
     wants_logprob: Tensor
     """int32 `[B]`; where it is not 0 the token's rank is computed too."""
+    logprob_scale: Tensor
+    """float32 `[B]`: what logits are multiplied by before the softmax that log-probabilities are of; positive."""
 
 
 class SlotParams:
@@ -65,12 +68,13 @@ class SlotParams:
         min_p: np.ndarray,
         keys: np.ndarray,
         wants_logprob: np.ndarray,
+        logprob_scale: np.ndarray,
     ) -> None:
         """Writes the first R entries of arrays that become `SamplingRows` for these R sequences.
 
         Args:
             positions: int64 [R], how many tokens each has generated, pending ones included.
-            temperature, top_p, min_p: float32 [at least R].
+            temperature, top_p, min_p, logprob_scale: float32 [at least R].
             top_k, wants_logprob: int32 [at least R].
             keys: int64 [at least R].
         """
@@ -91,6 +95,7 @@ class SlotParams:
         top_p[:count] = records["top_p"]
         min_p[:count] = records["min_p"]
         wants_logprob[:count] = records["wants_logprob"]
+        logprob_scale[:count] = records["logprob_scale"]
         keys[:count] = _keys(records, positions)
 
 
@@ -115,6 +120,10 @@ def _records(sequences: list[Sequence]) -> np.ndarray:
     records["top_p"] = [p.top_p for p in params]
     records["min_p"] = [p.min_p for p in params]
     records["wants_logprob"] = [p.logprobs is not None for p in params]
+    records["logprob_scale"] = [
+        1.0 / p.temperature if s.request.logprobs_mode == "scaled_logprobs" and not p.greedy else 1.0
+        for s, p in zip(sequences, params, strict=True)
+    ]
     seeds = np.array([sequence.request.seed for sequence in sequences], dtype=np.uint64)
     streams = np.array([sequence.index for sequence in sequences], dtype=np.uint64)
     records["noise"] = absorb(absorb(np.zeros_like(seeds), seeds), streams)

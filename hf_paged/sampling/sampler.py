@@ -40,12 +40,10 @@ class Sampler:
 
     Args:
         vocab_size: V.
-        processed_logprobs: report log-probabilities after all adjustments instead of the model's own.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, *, processed_logprobs: bool = False) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.device = device
-        self.processed_logprobs = processed_logprobs
         self._penalties = processors.PenaltyState(vocab_size, device)
 
     @torch.no_grad()
@@ -70,7 +68,7 @@ class Sampler:
         if simple:
             return Sampled(tokens, [None] * len(tokens), errors)
         self._keep_for_hooks(raw, scores, sequences)
-        return Sampled(tokens, self._report(scores if self.processed_logprobs else raw, tokens, sequences), errors)
+        return Sampled(tokens, self._report(raw, scores, tokens, sequences), errors)
 
     # ---- before the draw -----------------------------------------------------------------------------------
 
@@ -186,8 +184,9 @@ class Sampler:
 
     def _shows_scores(self, sequence: Sequence) -> bool:
         hooks = sequence.request.hooks
-        wants_logprobs = self.processed_logprobs and sequence.request.sampling.logprobs is not None
-        return wants_logprobs or (hooks is not None and (hooks.keep_scores or bool(hooks.stopping_criteria)))
+        return sequence.request.shows_processed or (
+            hooks is not None and (hooks.keep_scores or bool(hooks.stopping_criteria))
+        )
 
     # ---- after it ------------------------------------------------------------------------------------------
 
@@ -202,14 +201,21 @@ class Sampler:
             if hooks.keep_scores or hooks.stopping_criteria:
                 hooks.scores[sequence.num_generated :] = [scores[row].clone()]
 
-    def _report(self, logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenLogprobs | None]:
+    def _report(
+        self, raw: Tensor, scores: Tensor, tokens: list[int], sequences: list[Sequence]
+    ) -> list[TokenLogprobs | None]:
         wanted = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
         report: list[TokenLogprobs | None] = [None] * len(tokens)
         if wanted:
             counts = [sequences[row].request.sampling.logprobs or 0 for row in wanted]
-            found = token_logprobs(
-                logits[torch.tensor(wanted, device=logits.device)], [tokens[r] for r in wanted], counts
-            )
+            logits = raw[torch.tensor(wanted, device=self.device)]  # a copy
+            for place, row in enumerate(wanted):
+                request = sequences[row].request
+                if request.shows_processed:
+                    logits[place] = scores[row]
+                elif request.logprobs_mode == "scaled_logprobs" and not request.sampling.greedy:
+                    logits[place] /= request.sampling.temperature
+            found = token_logprobs(logits, [tokens[row] for row in wanted], counts)
             for row, entry in zip(wanted, found, strict=True):
                 report[row] = entry
         return report

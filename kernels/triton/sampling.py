@@ -246,15 +246,17 @@ def _exponential(bits):
 
 @triton.jit
 def _race(
-    logits, row_stride, vocab, temperature, keys, thresholds, best_scores, best_tokens, peaks, sums,
+    logits, row_stride, vocab, temperature, keys, logprob_scale, thresholds, best_scores, best_tokens, peaks, sums,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of one row: the winner and its score, the maximum, and the sum of exponentials relative to it."""
+    """Of one block of one row: the winner and its score, the maximum, and the sum of exponentials relative to it, of
+    scaled logits."""
     block = tl.program_id(0)
     program = tl.program_id(1)
     x = _load_logits(logits + program.to(tl.int64) * row_stride, block * BLOCK, vocab, BLOCK)
     peak = tl.max(x)
-    total = tl.sum(_exp(x - tl.where(peak == -float("inf"), 0.0, peak)))  # NaN if x has one, or +inf
+    relative = (x - tl.where(peak == -float("inf"), 0.0, peak)) * tl.load(logprob_scale + program)
+    total = tl.sum(_exp(relative))  # NaN if x has one, or +inf
     heat = tl.load(temperature + program)
     score = x
     if heat > 0:
@@ -276,8 +278,8 @@ def _race(
 
 @triton.jit
 def _finish(
-    logits, row_stride, vocab, wants_rank, best_scores, best_tokens, peaks, sums, num_blocks, tokens, logprobs, ranks,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row_stride, vocab, wants_rank, logprob_scale, best_scores, best_tokens, peaks, sums, num_blocks,
+    tokens, logprobs, ranks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks = tl.arange(0, BLOCKS)
@@ -285,7 +287,8 @@ def _finish(
     parts = program * num_blocks + blocks
     maxima = tl.load(peaks + parts, mask=there, other=-float("inf"))
     peak = tl.max(maxima)
-    factors = tl.exp2((maxima - tl.where(peak == -float("inf"), 0.0, peak)) * LOG2E)
+    scale = tl.load(logprob_scale + program)
+    factors = tl.exp2((maxima - tl.where(peak == -float("inf"), 0.0, peak)) * scale * LOG2E)
     total = tl.sum(tl.load(sums + parts, mask=there, other=0.0) * factors)
     finite = (peak > -float("inf")) & (peak < float("inf")) & (total == total)
 
@@ -295,7 +298,7 @@ def _finish(
     row = logits + program.to(tl.int64) * row_stride
     logit = tl.load(row + token, mask=finite, other=0.0).to(tl.float32)
     tl.store(tokens + program, tl.where(finite, token, -1).to(tl.int64))
-    tl.store(logprobs + program, tl.where(finite, logit - peak - tl.log2(total) * LN2, float("nan")))
+    tl.store(logprobs + program, tl.where(finite, (logit - peak) * scale - tl.log2(total) * LN2, float("nan")))
 
     rank = tl.full([], 0, tl.int32)
     if finite & (tl.load(wants_rank + program) != 0):
@@ -334,8 +337,8 @@ def sample_tokens(
         logits: `[B, V]`, bfloat16, float16 or float32; rows may be farther apart than V.
         rows: the parameters, on the same device.
         tokens: int64 `[B]`, written; -1 where a row has a NaN, +inf, or nothing finite.
-        logprobs: float32 `[B]`, written: the token's under the softmax of the logits as they are, without temperature
-            and filters; NaN beside a token of -1.
+        logprobs: float32 `[B]`, written: the token's under the softmax of the logits times `rows.logprob_scale`,
+            without filters; NaN beside a token of -1.
         ranks: int32 `[B]`, written: 1 + how many logits are larger, in rows that want it, else 0.
         block: tokens per program of the draw; the result does not depend on it.
     """
@@ -351,10 +354,11 @@ def sample_tokens(
         best_scores, peaks, sums = torch.empty(3, count, num_blocks, dtype=torch.float32, device=logits.device)
         best_tokens = torch.empty(count, num_blocks, dtype=torch.int32, device=logits.device)
         _race[(num_blocks, count)](
-            logits, logits.stride(0), vocab, rows.temperature, rows.keys, thresholds,
+            logits, logits.stride(0), vocab, rows.temperature, rows.keys, rows.logprob_scale, thresholds,
             best_scores, best_tokens, peaks, sums, BLOCK=block, num_warps=max(4, block // 512),
         )  # fmt: skip
         _finish[(count,)](
-            logits, logits.stride(0), vocab, rows.wants_logprob, best_scores, best_tokens, peaks, sums, num_blocks,
-            tokens, logprobs, ranks, BLOCKS=triton.next_power_of_2(num_blocks), BLOCK=4096, num_warps=8,
+            logits, logits.stride(0), vocab, rows.wants_logprob, rows.logprob_scale, best_scores, best_tokens, peaks,
+            sums, num_blocks, tokens, logprobs, ranks,
+            BLOCKS=triton.next_power_of_2(num_blocks), BLOCK=4096, num_warps=8,
         )  # fmt: skip

@@ -255,6 +255,20 @@ def test_processed_logprobs(model: Any) -> None:
         assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
 
 
+def test_scaled_logprobs_beside_raw_ones(model: Any) -> None:
+    params = [sampled(n=1, temperature=0.6, top_k=9, max_tokens=8, logprobs_mode=m) for m in (None, "scaled_logprobs")]
+    outputs = model.generate_many([PROMPTS[3]] * 2, params)
+    assert answers(outputs)[0] == answers(outputs)[1]
+    for output, heat in zip(outputs, (1.0, 0.6), strict=True):
+        completion = output.outputs[0]
+        ids = torch.tensor([PROMPTS[3] + completion.token_ids], device="cuda")
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, len(PROMPTS[3]) - 1 : -1].float() / heat
+        rows = torch.log_softmax(logits, -1)
+        for row, token, entry in zip(rows, completion.token_ids, completion.logprobs, strict=True):
+            assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
+
+
 def test_a_processors_fault_is_its_requests_own(model: Any, alone: list[list[list[int]]]) -> None:
     def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         if len(ids) == 3:

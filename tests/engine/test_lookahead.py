@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_paged
 from hf_paged import RequestOutput, RequestOutputKind
+from hf_paged.sampling_params import LOGPROBS_MODES
 
 # ---- the same results ----------------------------------------------------------------------------------
 
@@ -54,6 +55,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "up to the model's length": (greedy(None), {"max_model_len": 30}),
     "processed log-probabilities": (seeded(logprobs=0, top_k=5), {"logprobs_mode": "processed_logprobs"}),
+    "scaled log-probabilities": (seeded(logprobs=0, top_k=5), {"logprobs_mode": "scaled_logprobs"}),
+    "log-probabilities by request": (
+        [
+            seeded(4 if mode == "processed_logprobs" else 12, logprobs=0, top_k=5, logprobs_mode=mode)
+            for mode in (*LOGPROBS_MODES, None, "raw_logprobs")
+        ],
+        {"logprobs_mode": "scaled_logprobs"},
+    ),
     **{f"beside {name}": ([*MIXED[:3], greedy(7, **options), MIXED[3]], {}) for name, options in HOST.items()},
     **{f"only {name}": (greedy(7, **options), {}) for name, options in HOST.items()},
 }

@@ -45,6 +45,7 @@ def rows_of(
     min_p: Any = 0.0,
     keys: Any = None,
     wants_logprob: Any = 1,
+    logprob_scale: Any = 1.0,
 ) -> SamplingRows:
     """Parameters of `count` rows; each is one number for all or a list. Keys are scattered unless given."""
 
@@ -58,6 +59,7 @@ def rows_of(
         min_p=column(min_p, torch.float32),
         keys=column(scattered(count) if keys is None else keys, torch.int64),
         wants_logprob=column(wants_logprob, torch.int32),
+        logprob_scale=column(logprob_scale, torch.float32),
     )
 
 
@@ -402,6 +404,22 @@ def test_logprobs_and_ranks(dtype: torch.dtype) -> None:
     exact = (logits.float() > chosen).sum(-1) + 1
     assert ranks.tolist() == [int(rank) if want else 0 for rank, want in zip(exact, wants, strict=True)]
     assert ranks.max() > 1
+
+
+def test_logprobs_of_scaled_logits() -> None:
+    """Raw and scaled rows side by side: neither tokens nor ranks change."""
+    temperatures = [0.0, 0.5, 2.5, 1.0, 1e-5, 0.5, 0.0, 1.7]
+    scales = [1.0, 2.0, 0.4, 1.0, 1e5, 1.0, 1.0, 1 / 1.7]
+    logits = random_logits(8, 70, scale=6.0)
+    logits[:, 5] = -torch.inf
+    logits[:, 16:32] -= 500  # a block that weighs nothing
+    tokens, logprobs, ranks = sample(logits, rows_of(8, temperatures, 30, logprob_scale=scales), 16)
+    raw_tokens, _, raw_ranks = sample(logits, rows_of(8, temperatures, 30), 16)
+    scaled = torch.log_softmax(logits.double() * torch.tensor(scales, dtype=torch.float64)[:, None], -1)
+    exact = scaled.gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(logprobs.double(), exact, rtol=1e-6, atol=1e-5)
+    assert torch.equal(tokens, raw_tokens)
+    assert torch.equal(ranks, raw_ranks)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter

@@ -135,16 +135,19 @@ def test_samples_of_a_prompt_are_those_of_steps_without_graphs(model: Any, monke
 
 
 def test_log_probabilities_come_with_the_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw ones and those at the request's temperature, in the same graphs."""
     engine, recorder = graph_engine(model, monkeypatch)
-    params = hf_paged.SamplingParams(temperature=1.0, seed=1, max_tokens=3, logprobs=0, ignore_eos=True)
-    requests = [engine.intake.request(prompt, params) for prompt in prompts()]
+    raw = hf_paged.SamplingParams(temperature=0.7, seed=1, max_tokens=3, logprobs=0, ignore_eos=True)
+    scaled = raw.clone(logprobs_mode="scaled_logprobs")
+    requests = [engine.intake.request(prompt, (raw, scaled)[i % 2]) for i, prompt in enumerate(prompts())]
     last = {output.request_id: output for output in engine.run(requests)}
     assert recorder.count
     for request in requests:
         completion = last[request.request_id].outputs[0]
         ids = torch.tensor([request.prompt_token_ids + completion.token_ids])
         with torch.no_grad():
-            log_probs = torch.log_softmax(model(ids).logits[0].float(), -1)
+            heat = 0.7 if request.logprobs_mode == "scaled_logprobs" else 1.0
+            log_probs = torch.log_softmax(model(ids).logits[0].float() / heat, -1)
         for place, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
             row = log_probs[request.num_prompt + place - 1]
             assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)

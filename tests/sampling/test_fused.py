@@ -26,6 +26,7 @@ FIELDS = {
     "min_p": np.float32,
     "keys": np.int64,
     "wants_logprob": np.int32,
+    "logprob_scale": np.float32,
 }
 VOCAB = 40
 KEYS = ["0x238275bc38fcbe91", "0xd0734750fde362b3", "0xefc3337756489302"]
@@ -57,6 +58,12 @@ def expected(sequences: list[Sequence]) -> dict[str, list[Any]]:
         "min_p": [float(np.float32(p.min_p)) for p in params],
         "keys": row_keys(seeds, streams, places).view(np.int64).tolist(),
         "wants_logprob": [int(p.logprobs is not None) for p in params],
+        "logprob_scale": [
+            float(
+                np.float32(1 / p.temperature if p.logprobs_mode == "scaled_logprobs" and p.temperature >= 1e-5 else 1)
+            )
+            for p in params
+        ],
     }
 
 
@@ -67,6 +74,7 @@ params_of = st.builds(
     top_p=st.sampled_from([0.2, 1.0]),
     min_p=st.sampled_from([0.0, 0.7]),
     logprobs=st.sampled_from([None, 0]),
+    logprobs_mode=st.sampled_from([None, "scaled_logprobs"]),
 )
 
 
@@ -132,6 +140,8 @@ def test_uniforms_are_what_they_were() -> None:
         ({}, True),
         ({"logprobs": 0}, True),
         ({"logprobs": 0, "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 1, "stop": "x"}, True),
+        ({"logprobs": 0, "logprobs_mode": "scaled_logprobs"}, True),
+        ({"logprobs": 0, "logprobs_mode": "processed_logprobs"}, False),
         ({"logprobs": 1}, False),
         ({"logprobs": -1}, False),
         ({"prompt_logprobs": 0}, False),
@@ -148,6 +158,10 @@ def test_uniforms_are_what_they_were() -> None:
 def test_which_requests_are_fused(options: dict[str, Any], alone: bool) -> None:
     for logprobs in ({}, {"logprobs": 0}):
         assert make_sequence(SamplingParams(**(logprobs | options))).request.fused == alone
+
+
+def test_processed_log_probabilities_matter_only_to_those_who_ask() -> None:
+    assert make_sequence(SamplingParams(logprobs_mode="processed_logprobs")).request.fused
 
 
 def test_bad_words_and_hooks_are_not_fused() -> None:
@@ -167,9 +181,9 @@ class FusedSampler(Sampler):
         return self._draw_fused(scores, sequences, shown)
 
 
-def sampler(**options: Any) -> Sampler:
+def sampler() -> Sampler:
     pytest.importorskip("triton")
-    return FusedSampler(VOCAB, DEVICE, **options)
+    return FusedSampler(VOCAB, DEVICE)
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -245,8 +259,11 @@ def test_processed_scores_show_what_was_drawn_from() -> None:
     logits = random_logits(3)
     logits[2] = torch.zeros(VOCAB)
     options: list[dict[str, Any]] = [{"temperature": 0.7, "top_k": 6}, {"top_p": 0.7}, {"top_p": 0.5}]
-    sequences = [make_sequence(SamplingParams(**o, logprobs=-1), seed=i, slot=i) for i, o in enumerate(options)]
-    entries = sampler(processed_logprobs=True).sample(logits, sequences).logprobs
+    sequences = [
+        make_sequence(SamplingParams(**o, logprobs=-1, logprobs_mode="processed_logprobs"), seed=i, slot=i)
+        for i, o in enumerate(options)
+    ]
+    entries = sampler().sample(logits, sequences).logprobs
     for row, (entry, o) in enumerate(zip(entries, options, strict=True)):
         assert entry is not None and np.isfinite(entry.logprobs[0])
         shown = dict(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))

@@ -20,15 +20,15 @@ from hf_paged.engine.request import Hooks, Request, Sequence
 from hf_paged.sampling.draw import NUCLEUS
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
 from hf_paged.sampling.sampler import NonFiniteLogits, NothingToSample, Sampled, Sampler
-from hf_paged.sampling_params import SamplingParams
+from hf_paged.sampling_params import LOGPROBS_MODES, SamplingParams
 
 CPU = torch.device("cpu")
 VOCAB = 23
 P = 1e-4
 
 
-def sampler(vocab: int = VOCAB, *, processed: bool = False) -> Sampler:
-    return Sampler(vocab, CPU, processed_logprobs=processed)
+def sampler(vocab: int = VOCAB) -> Sampler:
+    return Sampler(vocab, CPU)
 
 
 def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -220,14 +220,14 @@ BAD_ROWS = {
     ],
     ids=str,
 )
-@pytest.mark.parametrize("processed", [False, True])
-def test_bad_logits_fail_their_row_only(bad: Tensor, options: dict[str, Any], processed: bool) -> None:
-    params = SamplingParams(**options)
+@pytest.mark.parametrize("mode", LOGPROBS_MODES)
+def test_bad_logits_fail_their_row_only(bad: Tensor, options: dict[str, Any], mode: str) -> None:
+    params = SamplingParams(**options, logprobs_mode=mode)
     logits = random_logits(4)
-    good = sampler(processed=processed).sample(logits, [make_sequence(params, seed=i, slot=i) for i in range(4)])
+    good = sampler().sample(logits, [make_sequence(params, seed=i, slot=i) for i in range(4)])
     logits[2] = bad
     sequences = [make_sequence(params, seed=i, slot=i, name=f"number {i}") for i in range(4)]
-    got = sampler(processed=processed).sample(logits, sequences)
+    got = sampler().sample(logits, sequences)
     assert list(got.errors) == [2]
     assert isinstance(got.errors[2], NonFiniteLogits)
     assert "number 2" in str(got.errors[2])
@@ -571,26 +571,30 @@ def check_logprobs(entry: TokenLogprobs | None, token: int, count: int, scores: 
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(
-        st.tuples(params_of(VOCAB), st.sampled_from([None, 0, 1, 5, VOCAB, 100, -1])), min_size=1, max_size=5
+        st.tuples(params_of(VOCAB), st.sampled_from([None, 0, 1, 5, VOCAB, 100, -1]), st.sampled_from(LOGPROBS_MODES)),
+        min_size=1,
+        max_size=5,
     ),
-    processed=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_logprobs(rows: list[tuple[SamplingParams, int | None]], processed: bool, seed: int) -> None:
-    """Raw: of the model's logits, whatever was done to them. Processed: of what was drawn from."""
+def test_logprobs(rows: list[tuple[SamplingParams, int | None, str]], seed: int) -> None:
+    """Raw: of the model's logits, whatever was done to them. Scaled: of these at the row's temperature. Processed: of
+    what was drawn from. Side by side."""
     logits = random_logits(len(rows), seed=seed, scale=0.7)
     sequences = [
-        make_sequence(params.clone(logprobs=count), prompt=[1, 2], generated=[3], seed=i, slot=i)
-        for i, (params, count) in enumerate(rows)
+        make_sequence(params.clone(logprobs=count, logprobs_mode=mode), prompt=[1, 2], generated=[3], seed=i, slot=i)
+        for i, (params, count, mode) in enumerate(rows)
     ]
-    result = sampler(processed=processed).sample(logits, sequences)
+    result = sampler().sample(logits, sequences)
     assert not result.errors
-    for i, (params, count) in enumerate(rows):
+    for i, (params, count, mode) in enumerate(rows):
         if count is None:
             assert result.logprobs[i] is None
             continue
         scores = logits[i]
-        if processed:
+        if mode == "scaled_logprobs" and not params.greedy:
+            scores = scores / params.temperature
+        if mode == "processed_logprobs":
             scores = adjusted(scores, sequences[i])
             if params.logits_processors:
                 scores = scores * 0.9
