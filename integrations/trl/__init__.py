@@ -22,7 +22,7 @@ from hf_paged.integrations.trl.generation import TrainerGeneration
 from hf_paged.integrations.trl.support import check_trainer, engine_defaults, warn_about_dropout
 from hf_paged.model.introspect import causal_lm
 from hf_paged.state import PagedState
-from hf_paged.wrap import PagedGenerationMixin, wrap
+from hf_paged.wrap import wrap
 
 __all__ = ["attach", "detach"]
 
@@ -81,9 +81,11 @@ def detach(trainer: Any) -> None:
 
 def _state(trainer: Any, config: EngineConfig | None, options: dict[str, Any]) -> PagedState:
     """Where the engine comes from. A model that was wrapped keeps its one engine, with the options that are given."""
-    lm: Any = causal_lm(trainer.model)
-    if isinstance(lm, PagedGenerationMixin):
-        return (wrap(lm, config, **options) if config is not None or options else lm)._state()
+    lm = causal_lm(trainer.model)
+    if hasattr(lm, "_hf_paged"):
+        if config is not None or options:
+            wrap(lm, config, **options)
+        return lm._hf_paged
     processor = trainer.processing_class
     tokenizer = getattr(processor, "tokenizer", processor)
     return PagedState((config or engine_defaults(trainer)).with_changes(**options), tokenizer)

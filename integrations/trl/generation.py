@@ -111,7 +111,7 @@ class TrainerGeneration:
 
     @contextmanager
     def _ready(self) -> Iterator[nn.Module]:
-        """The trainer's model as a rollout needs it: parameters whole, in the precision that the trainer computes in."""
+        """The trainer's model as a rollout needs it: parameters whole, in the precision that training computes in."""
         trainer = self._trainer
         lm = causal_lm(trainer.model)
         with gathered(trainer.model_wrapped), _plain_forward(lm), trainer.accelerator.autocast():

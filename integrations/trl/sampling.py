@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from hf_paged.sampling_params import SamplingParams
 
-OURS = {"n", "logprobs", "prompt_logprobs", "output_kind", "logprobs_mode"}
+OURS = {"n", "ignore_eos", "logprobs", "logprobs_mode", "prompt_logprobs", "detokenize", "output_kind"}
 """SamplingParams fields that the rollout sets."""
 
 
@@ -36,8 +36,14 @@ def sampling_params(trainer: Any, lm: Any, *, prompt_tokens: int, n: int) -> Sam
         raise ValueError(f"the trainer's generation cannot be paged: {error}") from error
     if sampling.n != 1:
         raise ValueError(f"num_return_sequences is {sampling.n} in generation_kwargs: num_generations says how many")
-    asked = {"n": n, "logprobs": 0, "ignore_eos": True, "detokenize": bool(sampling.stop or further.get("stop"))}
-    return sampling.clone(**(asked | further))
+    return sampling.clone(
+        n=n,
+        ignore_eos=True,  # which ids end a sequence is the config's to say
+        logprobs=0,
+        logprobs_mode="scaled_logprobs",  # what the trainer computes: filters and penalties are not in it
+        detokenize=bool(sampling.stop or further.get("stop")),
+        **further,
+    )
 
 
 def _further(given: dict[str, Any]) -> dict[str, Any]:
