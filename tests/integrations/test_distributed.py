@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl")
-
 
 def run(strategy: str, adapter: str, out: Path) -> list[dict[str, Any]]:
     """What each of two ranks of `rank_main.py` reports."""
