@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.trl.generation import TrainerGeneration
-from hf_paged.integrations.trl.support import check_trainer, engine_defaults, warn_about_dropout
+from hf_paged.integrations.trl.support import check_trainer, engine_config, refuse_vllm, warn_about_dropout
 from hf_paged.model.introspect import causal_lm
 from hf_paged.state import PagedState
 from hf_paged.wrap import wrap
@@ -44,8 +44,8 @@ def attach(
             How it samples is its own configuration's to say, `generation_kwargs` included.
         config: how to build the engine.
         sleep: give the page pool's memory back after every rollout, for the backward pass. None: on a GPU.
-        engine_options: fields of `EngineConfig` to change. Those that are given neither here nor in `config` have
-            defaults that suit training: memory is left for gradients and optimizer states.
+        engine_options: fields of `EngineConfig` to change. Some have other defaults than elsewhere: memory is left for
+            gradients and optimizer states, and parameters stay where a sharding optimizer expects them.
 
     Returns:
         the trainer. Attaching again replaces the engine.
@@ -82,13 +82,14 @@ def detach(trainer: Any) -> None:
 def _state(trainer: Any, config: EngineConfig | None, options: dict[str, Any]) -> PagedState:
     """Where the engine comes from. A model that was wrapped keeps its one engine, with the options that are given."""
     lm = causal_lm(trainer.model)
-    if hasattr(lm, "_hf_paged"):
-        if config is not None or options:
-            wrap(lm, config, **options)
-        return lm._hf_paged
-    processor = trainer.processing_class
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return PagedState((config or engine_defaults(trainer)).with_changes(**options), tokenizer)
+    wrapped = getattr(lm, "_hf_paged", None)
+    chosen = engine_config(trainer, config or (wrapped.config if wrapped else EngineConfig()), options)
+    if wrapped is None:
+        processor = trainer.processing_class
+        return PagedState(chosen, getattr(processor, "tokenizer", processor))
+    if chosen != wrapped.config:
+        wrap(lm, chosen)
+    return lm._hf_paged
 
 
 class _AttachedMixin:
@@ -98,6 +99,8 @@ class _AttachedMixin:
     """
 
     def __init__(self, *args: Any, engine_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        for value in (*args, *kwargs.values()):
+            refuse_vllm(value)
         super().__init__(*args, **kwargs)
         attach(self, **(engine_options or {}))
 

@@ -36,8 +36,6 @@ class TrainerGeneration:
     def __init__(self, trainer: Any, state: PagedState, *, sleep: bool | None = None) -> None:
         self.replaced: dict[str, Any] = {}
         """The trainer's attributes that `attach` replaced, for `detach`."""
-        self.seconds = 0.0
-        """Spent on rollouts so far."""
         self._trainer = trainer
         self._state = state
         self._sleep = trainer.accelerator.device.type == "cuda" if sleep is None else sleep
@@ -72,12 +70,8 @@ class TrainerGeneration:
         start = time.monotonic()
         with profiler or nullcontext(), self._awake() as engine:
             completions = self._complete(engine, prompts)
-        elapsed = time.monotonic() - start
-        self.seconds += elapsed
-        logger.info(
-            "%d completions, %d tokens in %.2f s", len(prompts), sum(len(ids) for ids, _ in completions), elapsed
-        )
         ids = [ids for ids, _ in completions]
+        logger.info("%d completions, %d tokens in %.2f s", len(ids), sum(map(len, ids)), time.monotonic() - start)
         return prompts, ids, [[[p] for p in logprobs] for _, logprobs in completions], [[[i] for i in c] for c in ids]
 
     def sync_weights(self) -> None:

@@ -25,10 +25,7 @@ def check_trainer(trainer: Any) -> None:
     if not names.intersection(SUPPORTED):
         raise TypeError(f"attach() takes TRL's {', '.join(SUPPORTED)}, got {type(trainer).__name__}")
     args = trainer.args
-    if args.use_vllm:
-        raise ValueError(
-            "the trainer was built with use_vllm=True: build it with use_vllm=False, hf_paged replaces vLLM"
-        )
+    refuse_vllm(args)
     if getattr(args, "vllm_structured_outputs_regex", None):
         raise ValueError("vllm_structured_outputs_regex is vLLM's own and cannot be applied: leave it out")
     if distributed_type(trainer) == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -44,6 +41,12 @@ def check_trainer(trainer: Any) -> None:
         raise refuse(trainer.model, reason)
 
 
+def refuse_vllm(args: Any) -> None:
+    """Raises `ValueError` for a trainer's configuration that asks for vLLM."""
+    if getattr(args, "use_vllm", False):
+        raise ValueError("the trainer is to use vLLM: build it with use_vllm=False, hf_paged takes vLLM's place")
+
+
 def distributed_type(trainer: Any) -> str:
     """accelerate's name for how training is distributed: "NO", "MULTI_GPU", "FSDP", "DEEPSPEED"..."""
     return str(trainer.accelerator.distributed_type.value)
@@ -54,19 +57,29 @@ def is_zero3(trainer: Any) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def engine_defaults(trainer: Any) -> EngineConfig:
-    """An engine that leaves room for training, and parameters where a sharding optimizer expects them."""
-    config = EngineConfig()
+def engine_config(trainer: Any, config: EngineConfig, options: dict[str, Any]) -> EngineConfig:
+    """`config` with `options`. What neither sets suits training: an engine that leaves room for it, and parameters
+    where a sharding optimizer expects them.
+
+    Raises:
+        ValueError, TypeError: an option that does not exist, or makes no sense here.
+    """
     kind, device = distributed_type(trainer), trainer.accelerator.device
+    suited: dict[str, Any] = {}
     if kind in ("FSDP", "DEEPSPEED"):
-        config = config.with_changes(fuse_linear=False)  # their parameters are views of memory that they own
+        suited["fuse_linear"] = False  # their parameters are views of memory that they own
     if kind == "FSDP":
-        config = config.with_changes(compile="off", cuda_graphs=False)  # its hooks run in every layer
+        suited |= {"compile": "off", "cuda_graphs": False}  # its hooks run in every layer
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 - ACTIVATIONS_SHARE - training_bytes(trainer.model) / total
-        config = config.with_changes(gpu_memory_utilization=max(share, 0.3))
-    return config
+        suited["gpu_memory_utilization"] = max(share, 0.3)
+    usual = EngineConfig()
+    unset = {name: value for name, value in suited.items() if getattr(config, name) == getattr(usual, name)}
+    chosen = config.with_changes(**(unset | options))
+    if "fuse_linear" in suited and chosen.fuse_linear:
+        raise ValueError(f"fuse_linear=True would move parameters out of memory that {kind} owns: leave it out")
+    return chosen
 
 
 def training_bytes(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,13 @@ from models.families import make_model, stock_greedy
 from models.tiny_tokenizer import make_tokenizer
 from peft import LoraConfig
 from trainers import OPTIONS, make_trainer, metrics, variety
-from trl.chat_template_utils import qwen3_chat_template
+from trl.chat_template_utils import parse_response, qwen3_chat_template
 
 import hf_paged
 from hf_paged.engine.engine import Engine
 from hf_paged.integrations import trl as plugin
 from hf_paged.integrations.trl import attach, detach
-from hf_paged.integrations.trl.support import training_bytes
+from hf_paged.integrations.trl.support import engine_config, training_bytes
 
 LORA = LoraConfig(r=4, lora_alpha=64, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"])
 KINDS = [kind for kind in ("GRPO", "RLOO", "Distillation") if hasattr(trl, f"{kind}Trainer")]
@@ -276,6 +277,8 @@ def test_trainers_that_are_refused(tmp_path: Path) -> None:
     trainer.args.use_vllm = True
     with pytest.raises(ValueError, match="use_vllm=False"):
         attach(trainer)
+    with pytest.raises(ValueError, match="use_vllm=False"):
+        plugin.HFPagedGRPOTrainer(trainer.model, variety, trainer.args)
     trainer.args.use_vllm = False
     trainer.model.config.is_encoder_decoder = True
     with pytest.raises(hf_paged.UnsupportedModelError, match="encoder-decoder"):
@@ -299,6 +302,7 @@ def test_a_prompt_too_long_is_named(make: Callable[..., Any]) -> None:
 # ---- tools -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif("prefix" not in signature(parse_response).parameters, reason="its parser wants older transformers")
 def test_tool_calls(make: Callable[..., Any]) -> None:
     """TRL's tool loop: some completions call a tool, and only those go on, after its result, once each."""
     tokenizer = make_tokenizer(qwen3_chat_template)
@@ -351,6 +355,12 @@ def test_tool_calls(make: Callable[..., Any]) -> None:
     assert continued[0] != continued[1]
     assert max(metrics(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
     assert metrics(trainer, "tools/call_frequency") == [0.5]
+
+
+def test_the_tool_loop_is_told_how_long_a_sequence_may_be(make: Callable[..., Any]) -> None:
+    for options, length in (({}, 512), ({"max_model_len": 64}, 64)):
+        generation = make(engine=options).vllm_generation
+        assert generation.llm.llm_engine.model_config.max_model_len == length
 
 
 # ---- the model and the engine ------------------------------------------------------------------------------
@@ -467,10 +477,15 @@ def test_memory_that_training_takes(tmp_path: Path) -> None:
 def test_sharding_optimizers_keep_their_parameters(tmp_path: Path) -> None:
     """fuse_linear would move parameters out of memory that DeepSpeed and FSDP own."""
     trainer = make_trainer("GRPO", tmp_path)
+    given = hf_paged.EngineConfig(num_pages=7)
     for kind, fuse in (("DEEPSPEED", False), ("FSDP", False), ("MULTI_CPU", None)):
         accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), device=torch.device("cpu"))
         fake = SimpleNamespace(accelerator=accelerator, model=trainer.model)
-        assert plugin.engine_defaults(fake).fuse_linear is fuse
+        chosen = engine_config(fake, given, {"max_num_seqs": 3})
+        assert (chosen.fuse_linear, chosen.num_pages, chosen.max_num_seqs) == (fuse, 7, 3)
+        if fuse is False:
+            with pytest.raises(ValueError, match=f"fuse_linear.*{kind}"):
+                engine_config(fake, given, {"fuse_linear": True})
 
 
 # ---- TRL is optional ---------------------------------------------------------------------------------------
