@@ -42,9 +42,9 @@ BEGINNINGS = [
 
 
 def alliteration(completions: list[str], **_: Any) -> list[float]:
-    """The share of a completion's words that begin with an s."""
+    """Different words that begin with an s, per word of a completion."""
     words = [re.findall("[a-z]+", completion.lower()) for completion in completions]
-    return [sum(word.startswith("s") for word in row) / max(len(row), 1) for row in words]
+    return [len({word for word in row if word.startswith("s")}) / max(len(row), 1) for row in words]
 
 
 class Stopwatch:
@@ -82,7 +82,7 @@ def plot(history: list[dict[str, float]], out: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 3.5))
     axis.plot([row["step"] for row in history], [row["reward"] for row in history], marker="o", markersize=3)
-    axis.set(xlabel="optimizer step", ylabel="reward: share of words with an s")
+    axis.set(xlabel="optimizer step", ylabel="reward: different words with an s")
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
