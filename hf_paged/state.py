@@ -50,6 +50,11 @@ class PagedState:
                     self._engine = build_engine(model, self.config, self._find_tokenizer(model))
             return self._engine
 
+    @property
+    def made(self) -> Engine | None:
+        """The engine, if there is one by now."""
+        return self._engine
+
     def drop_engine(self) -> None:
         """Aborts what is unfinished and gives the engine's memory back; the next generation makes a new engine."""
         with self._lock:

@@ -51,7 +51,8 @@ def paged_attention(
         scaling = query.shape[-1] ** -0.5
     if paged is None:
         return _unpaged(module, query, key, value, attention_mask, scaling, dropout, options), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    dtype = compute_dtype(query.device, query.dtype)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options["attention_mask"] = attention_mask
     return paged.attend(module, q, k, v, scaling, options)[None], None
 
@@ -85,6 +86,12 @@ def _unpaged(
     weights = torch.softmax(scores.float(), -1).to(value.dtype)[..., : key.shape[2]]
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2)
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What attention computes in for operands of `dtype`: torch's own casts them under autocast, and so do we."""
+    casts = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if casts else dtype
 
 
 class ProbedMask(Tensor):

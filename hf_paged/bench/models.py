@@ -46,7 +46,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = smollm2_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    if getattr(model, "is_quantized", False):  # its weights are not any more, and trainers refuse what says so
+        model.hf_quantizer.remove_quantization_config(model)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class OutputProcessor:
             text=text,
             token_ids=tokens,
             cumulative_logprob=sum(entry.logprobs[0] for entry in sequence.logprobs) if wants_logprobs else None,
-            logprobs=[self._logprobs(entry) for entry in sequence.logprobs[start:]] if wants_logprobs else None,
+            logprobs=self._logprobs(sequence.request, sequence.logprobs[start:]) if wants_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             weight_versions=sequence.weight_versions[start:],
@@ -213,14 +214,19 @@ class OutputProcessor:
     def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
         if request.prompt_logprobs is None:
             return None
-        return [None if entry is None else self._logprobs(entry) for entry in request.prompt_logprobs]
+        return [None if entry is None else self._logprobs(request, [entry])[0] for entry in request.prompt_logprobs]
 
-    def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        likeliest = zip(entry.token_ids[1:], entry.logprobs[1:], strict=True)
-        found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(likeliest, start=1)}
-        own = entry.token_ids[0]
-        found = {own: Logprob(entry.logprobs[0], entry.rank)} | {t: lp for t, lp in found.items() if t != own}
-        if self.tokenizer is not None:
-            for token, logprob in found.items():
-                logprob.decoded_token = self.tokenizer.decode([token])
-        return found
+    def _logprobs(self, request: Request, entries: list[TokenLogprobs]) -> list[dict[int, Logprob]]:
+        decode = self.tokenizer.decode if self.tokenizer is not None and request.sampling.detokenize else None
+        return [_logprobs(entry, decode) for entry in entries]
+
+
+def _logprobs(entry: TokenLogprobs, decode: Callable[[list[int]], str] | None) -> dict[int, Logprob]:
+    likeliest = zip(entry.token_ids[1:], entry.logprobs[1:], strict=True)
+    found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(likeliest, start=1)}
+    own = entry.token_ids[0]
+    found = {own: Logprob(entry.logprobs[0], entry.rank)} | {t: lp for t, lp in found.items() if t != own}
+    if decode is not None:
+        for token, logprob in found.items():
+            logprob.decoded_token = decode([token])
+    return found

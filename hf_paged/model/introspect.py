@@ -178,12 +178,14 @@ class evaluation_mode:
 
 
 def structure(lm: nn.Module, attending: list[nn.Module]) -> tuple[Any, ...]:
-    """What a layout depends on: device, dtype, which layers there are, the size of the vocabulary."""
+    """What a layout depends on: device, dtypes of weights and attention, which layers there are, the size of the
+    vocabulary."""
     first = next(lm.parameters())
     kinds = {type(module) for module in attending}
     layers = frozenset(id(module) for module in lm.modules() if type(module) in kinds)
     head = lm.get_output_embeddings()  # type: ignore[operator]
-    return first.device, first.dtype, layers, getattr(getattr(head, "weight", None), "shape", None)
+    dtypes = first.dtype, interface.compute_dtype(first.device, first.dtype)
+    return first.device, dtypes, layers, getattr(getattr(head, "weight", None), "shape", None)
 
 
 class _Recorder:

@@ -237,9 +237,9 @@ def decode_config(
     16 KiB it fits at once: 84 us instead of 88 (64 rows of 900 tokens, else as in `choose_num_splits`). From twice as
     many on, the larger blocks are as fast or faster.
 
-    After shared parts a row has few tokens left, and a program is over before its loads overlap. Then many small programs
-    hide each other's latency: 75 us instead of 89 for 32 groups of 16 samples, 512 + 40 tokens; 400 either way at 512 +
-    512. Fewer of them than 12 for each multiprocessor are better off with two stages of the larger blocks.
+    After shared parts a row has few tokens left, and a program is over before its loads overlap. Then many small
+    programs hide each other's latency: 75 us instead of 89 for 32 groups of 16 samples, 512 + 40 tokens; 400 either way
+    at 512 + 512. Fewer of them than 12 for each multiprocessor are better off with two stages of the larger blocks.
 
     Args:
         group: query heads per KV head.

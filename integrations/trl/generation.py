@@ -1,0 +1,156 @@
+"""TrainerGeneration: what a TRL trainer asks for completions, in the place and with the contract of its vLLM object."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from hf_paged import many
+from hf_paged.engine.engine import Engine
+from hf_paged.integrations.trl.gather import gathered
+from hf_paged.integrations.trl.sampling import sampling_params
+from hf_paged.model.introspect import causal_lm
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+from hf_paged.state import PagedState
+
+logger = logging.getLogger(__name__)
+
+Rollout = tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]
+
+
+class TrainerGeneration:
+    """Completions for one trainer, from its own parameters: there is nothing to copy or to sync.
+
+    Args:
+        trainer: a TRL trainer; `attach` has checked it.
+        state: what makes the model's engine, at the first rollout.
+        sleep: give the engine's memory back after every rollout; None: on a GPU.
+    """
+
+    def __init__(self, trainer: Any, state: PagedState, *, sleep: bool | None = None) -> None:
+        self.replaced: dict[str, Any] = {}
+        """The trainer's attributes that `attach` replaced, for `detach`."""
+        self._trainer = trainer
+        self._state = state
+        self._sleep = trainer.accelerator.device.type == "cuda" if sleep is None else sleep
+
+    # ---- what TRL calls ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[Any] | None = None,
+        num_generations: int = 1,
+        profiler: AbstractContextManager[Any] | None = None,
+    ) -> Rollout:
+        """One completion for every prompt. Equal prompts are computed once and sampled as often as they occur.
+
+        Args:
+            prompts: token ids, repeated as often as completions are wanted.
+            images: must be None.
+            num_generations: how often TRL's sampler repeats prompts; what counts is how often they really occur.
+            profiler: entered while generating.
+
+        Returns:
+            (prompts, completions, log-probabilities, token ids), in the prompts' order. A completion ends with its
+            end-of-sequence token if it has one. The last two are `[B][T][1]`, for the sampled tokens: log-probabilities
+            after temperature, over the full vocabulary.
+
+        Raises:
+            ValueError: images; or a prompt that does not fit the model or the page pool. Nothing was generated.
+        """
+        if images is not None and any(image is not None for image in images):
+            raise ValueError("hf_paged generates from text: train with images on the stock path, without attach()")
+        start = time.monotonic()
+        with profiler or nullcontext(), self._awake() as engine:
+            completions = self._complete(engine, prompts)
+        ids = [ids for ids, _ in completions]
+        logger.info("%d completions, %d tokens in %.2f s", len(ids), sum(map(len, ids)), time.monotonic() - start)
+        return prompts, ids, [[[p] for p in logprobs] for _, logprobs in completions], [[[i] for i in c] for c in ids]
+
+    def sync_weights(self) -> None:
+        """Says that the weights changed. They are the trainer's own: nothing is moved."""
+        engine = self._state.made
+        if engine is not None:
+            engine.weights_updated()
+
+    @property
+    def llm(self) -> Any:
+        """For TRL's tool loop, which asks vLLM's object how long a sequence may be."""
+        with self._ready() as model:
+            length = self._state.engine(model).intake.max_model_len
+        return SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=length)))
+
+    # ---- for others ----------------------------------------------------------------------------------------
+
+    def sampling_params(self, prompt_tokens: int, n: int) -> SamplingParams:
+        """The trainer's sampling as it is now, for a prompt of `prompt_tokens` and `n` completions.
+
+        Raises:
+            ValueError, TypeError: something that paged generation cannot do; the message names it.
+        """
+        return sampling_params(self._trainer, causal_lm(self._trainer.model), prompt_tokens=prompt_tokens, n=n)
+
+    def close(self) -> None:
+        """Gives the engine's memory back."""
+        self._state.drop_engine()
+
+    # ---- one rollout ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _ready(self) -> Iterator[nn.Module]:
+        """The trainer's model as a rollout needs it: parameters whole, in the precision that training computes in."""
+        trainer = self._trainer
+        lm = causal_lm(trainer.model)
+        with gathered(trainer.model_wrapped), _plain_forward(lm), trainer.accelerator.autocast():
+            yield trainer.model
+
+    @contextmanager
+    def _awake(self) -> Iterator[Engine]:
+        with self._ready() as model:
+            engine = self._state.engine(model)
+            try:
+                yield engine
+            finally:
+                if self._sleep and not engine.has_unfinished():
+                    engine.sleep()
+
+    def _complete(self, engine: Engine, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        """(token ids, their log-probabilities) for each prompt, in their order."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(tuple(prompt), []).append(place)
+        unique = [list(prompt) for prompt in places]
+        sampling = [self.sampling_params(len(prompt), len(where)) for prompt, where in places.items()]
+        lm = causal_lm(self._trainer.model)
+        requests = many.make_requests(engine, lm, unique, sampling, RequestOutputKind.FINAL_ONLY)
+        outputs = many.generate_many(engine, requests, progress=False)
+        found: dict[int, tuple[list[int], list[float]]] = {}
+        for where, output in zip(places.values(), outputs, strict=True):
+            if output.error is not None:
+                raise output.error
+            for place, completion in zip(where, output.outputs, strict=True):
+                ids = completion.token_ids
+                assert completion.logprobs is not None
+                found[place] = ids, [entry[i].logprob for entry, i in zip(completion.logprobs, ids, strict=True)]
+        return [found[place] for place in range(len(prompts))]
+
+
+@contextmanager
+def _plain_forward(lm: Any) -> Iterator[None]:
+    """Within it, the model's forward without the autocast that accelerate wraps around it for good: that one keeps the
+    weights' casts for as long as an outer autocast lasts, and CUDA graphs would read them after they are gone."""
+    if "_original_forward" not in lm.__dict__:
+        yield
+        return
+    prepared, lm.forward = lm.forward, lm._original_forward
+    try:
+        yield
+    finally:
+        lm.forward = prepared
