@@ -1,5 +1,5 @@
-"""One rank of a distributed run on the CPU, for `test_distributed.py`. Prints one line of JSON that starts with
-RESULT."""
+"""One rank of a distributed run on the CPU, for `test_distributed.py`. Writes what it
+found to `{rank}.json`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def main(strategy: str, adapter: str, out: str) -> None:
     lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"])
     run = {"ddp": train, "fsdp2": train_sharded}[strategy]
     result = run(Path(out) / str(rank), rank, {"peft": lora} if adapter == "lora" else {})
-    print("RESULT" + json.dumps(result | {"rank": rank}), flush=True)
+    Path(out, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 main(*sys.argv[1:])
