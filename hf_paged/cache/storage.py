@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.backend import LayerSpec, Layout
+from hf_paged.cache.remappable import RemappableMemory, RemappingError
 from hf_paged.config import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256
+"""Bytes: where a pool begins."""
 
 CPU_POOL_BYTES = 4 << 30
 """What a CPU pool takes at most when nobody says. Memory of pages that are never written is never touched."""
@@ -79,6 +85,14 @@ def _available_host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def _remappable(num_bytes: int, device: torch.device) -> RemappableMemory | None:
+    try:
+        return RemappableMemory(num_bytes, device)
+    except RemappingError as error:
+        logger.info("the page pool will be made anew after a sleep (%s)", error)
+        return None
+
+
 class KVStorage:
     """One pool of keys and one of values per attending layer.
 
@@ -86,6 +100,8 @@ class KVStorage:
         layers: the layers, in order of their `index`.
         num_pages, page_size: the pool's shape.
         layout: "NHD": pools are `[pages, page, kv_heads, dim]`; "HND": `[pages, kv_heads, page, dim]`.
+        remappable: on a GPU, in memory that `release` can give back while the pools keep their addresses. Where the
+            driver cannot do that, it is memory like any other.
     """
 
     def __init__(
@@ -97,16 +113,52 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device,
         layout: Layout,
+        remappable: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for layer in layers:
-            for pools, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
-                inner = (page_size, layer.num_kv_heads) if layout == "NHD" else (layer.num_kv_heads, page_size)
-                # Zeroed: a row that is masked out is still multiplied by weight 0, and 0 times garbage may be NaN.
-                pools.append(torch.zeros(num_pages, *inner, dim, dtype=dtype, device=device))
+        shapes = [
+            (num_pages, page_size, layer.num_kv_heads, dim)
+            if layout == "NHD"
+            else (num_pages, layer.num_kv_heads, page_size, dim)
+            for layer in layers
+            for dim in (layer.key_dim, layer.value_dim)
+        ]
+        sizes = [-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape in shapes]
+        self._memory = _remappable(sum(sizes), device) if remappable and device.type == "cuda" else None
+        # Zeroed: a row that is masked out is still multiplied by weight 0, and 0 times garbage may be NaN.
+        if self._memory is None:
+            pools = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        else:
+            begins = itertools.accumulate(sizes, initial=0)
+            pools = [
+                self._memory.tensor(begin, math.prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
+                for begin, shape in zip(begins, shapes, strict=False)
+            ]
+        self.keys: list[Tensor] = pools[::2]
+        self.values: list[Tensor] = pools[1::2]
+
+    def release(self) -> bool:
+        """Gives the memory back, and forgets what is in it; the pools must not be touched until `restore`.
+
+        Returns:
+            whether that could be done.
+        """
+        if self._memory is None:
+            return False
+        self._memory.unmap()
+        return True
+
+    def restore(self) -> None:
+        """Takes the memory again.
+
+        Raises:
+            torch.OutOfMemoryError: so much is not free.
+        """
+        if self._memory is not None:
+            self._memory.map()
+            for pool in self._as_bytes():
+                pool.zero_()
 
     @property
     def num_bytes(self) -> int:

@@ -134,8 +134,9 @@ class Engine(StepLoop):
         self._take_turn(work)
 
     def sleep(self, level: int = 1) -> None:
-        """Gives the memory of page pool and graphs back, for training, say. Cached prefixes are forgotten; what is
-        unfinished in a paused engine is computed again from its tokens later.
+        """Gives the page pool's memory back, for training, say. On a GPU the pool keeps its addresses, so that CUDA
+        graphs, which are small, stay and need not be captured again. Cached prefixes are forgotten; what is unfinished
+        in a paused engine is computed again from its tokens later.
 
         Args:
             level: 1, the only one: the weights belong to the model and stay.

@@ -76,6 +76,8 @@ class ModelExecutor(Executor):
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
         self.storage: KVStorage | None = None
+        self._asleep = False
+        """The pools have their addresses and no memory."""
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -157,6 +159,7 @@ class ModelExecutor(Executor):
                 dtype=self._kv_dtype,
                 device=layout.device,
                 layout=self._backend.layout,
+                remappable=True,
             )
             self._runner = ModelRunner(
                 self._model,
@@ -363,7 +366,7 @@ class ModelExecutor(Executor):
         return self._watch.optimizer_stepped()
 
     def wipe(self, pages: list[int]) -> None:
-        if self.storage is not None:
+        if self.storage is not None and not self._asleep:
             with self._in_order():
                 self.storage.zero_pages(pages)
 
@@ -372,9 +375,18 @@ class ModelExecutor(Executor):
         return structure(self._lm, self.layout.modules) != self.layout.structure
 
     def sleep(self) -> None:
-        if self.storage is None:
+        if self.storage is None or self._asleep:
             return
+        self._asleep = self.storage.release()
+        if not self._asleep:
+            self._drop()
+        if self.layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _drop(self) -> None:
+        """Lets go of the pools, and of all that is bound to their addresses."""
         self.storage = self._graphs = self._mixed = self._previous = None
+        self._asleep = False
         self._runner.close()
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize(self.layout.device)
@@ -384,9 +396,15 @@ class ModelExecutor(Executor):
     def wake_up(self) -> None:
         if self.storage is None:
             self._allocate()
+        elif self._asleep:
+            with self._in_order():
+                self.storage.restore()
+            self._asleep = False
 
     def close(self) -> None:
         self.sleep()
+        if self.storage is not None:
+            self._drop()
         if self._fused is not None:
             self._watch.forget()
             self._fused.release()
