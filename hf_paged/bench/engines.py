@@ -92,17 +92,26 @@ def run_ours(subject: Subject, work: Workload, settings: Settings) -> EngineRun:
         assert count is not None
         executor: Any = engine.executor
         peak = engine.scheduler.stats.peak_pages
+        sleep_s, wake_s = _seconds(engine.sleep), _seconds(engine.wake_up)
         return EngineRun(
             "ours",
             start_s=start_s,
             steps=count.steps,
             decode_steps=count.decode_steps,
             kv_bytes=peak * page_bytes(executor.layout.layers, executor.page_size, executor.layout.kv_dtype),
-            note=f"{peak} pages of {executor.page_size}",
+            note=f"{peak} pages of {executor.page_size}; asleep in {sleep_s:.2f} s, awake in {wake_s:.2f} s",
             **result,
         )
     finally:
         hf_paged.unwrap(model)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 ENGINES: dict[str, Callable[[Subject, Workload, Settings], EngineRun]] = {

@@ -107,9 +107,29 @@ def llama_3_1_8b() -> Any:
     )
 
 
+def qwen2_5_1_5b() -> Any:
+    """Qwen2.5-1.5B."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
 SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": tiny,
     "qwen3-0.6b": qwen3_0_6b,
+    "qwen2.5-1.5b": qwen2_5_1_5b,
     "llama-3.1-8b": llama_3_1_8b,
 }
 MODELS = ["smollm2", *SHAPES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -83,6 +83,12 @@ def rollout_long(vocab_size: int, requests: int = 32) -> Workload:
     return _rollout("rollout-long", vocab_size, requests, prompt=2048, longest=512)
 
 
+def grpo(vocab_size: int, requests: int = 64) -> Workload:
+    """The rollouts of one GRPO step: prompts of 256 tokens with 16 samples each, all of 512 tokens, temperature 1."""
+    work = samples(vocab_size, requests, n=16, prompt=256, tokens=512)
+    return replace(work, name="grpo")
+
+
 def _rollout(name: str, vocab_size: int, requests: int, *, prompt: int, longest: int) -> Workload:
     draw = random.Random(0)
     lengths = [[draw.randint(1, longest) for _ in range(16)] for _ in range(requests)]
@@ -103,6 +109,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "nano": nano,
     "rollout": rollout,
     "rollout-long": rollout_long,
+    "grpo": grpo,
     "single": single,
 }
 

@@ -207,7 +207,7 @@ def test_isolated_engine_gives_the_same_tokens(subject: models.Subject) -> None:
 def test_isolated_engine_that_hangs_or_dies(subject: models.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolate, "START_SECONDS", 0)
     run = isolate.run_isolated("generate", subject, WORK, Settings(time_limit=0.1))
-    assert run.note == "did not finish in 0.1 s, and was killed"
+    assert run.note.startswith("did not finish in 0.1 s, and was killed")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     run = isolate.run_isolated("generate", subject, WORK, Settings())
     assert run.note.startswith("failed: its process ended with status 1")

@@ -33,6 +33,7 @@ from models.families import make_prompts
 
 import hf_paged
 from hf_paged import SamplingParams
+from hf_paged.cache.remappable import RemappableMemory
 
 pytestmark = needs_gpu
 

@@ -6,9 +6,11 @@ import gc
 
 import pytest
 import torch
-from gpu_models import DEVICE, pytestmark  # noqa: F401
+from gpu_models import DEVICE, needs_gpu
 
 from hf_paged.cache.remappable import CHUNK_BYTES, RemappableMemory
+
+pytestmark = needs_gpu
 
 MIB = 1 << 20
 
