@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,8 @@ from hf_paged import many
 from hf_paged.engine.engine import Engine
 from hf_paged.integrations.trl.gather import gathered
 from hf_paged.integrations.trl.sampling import sampling_params
+from hf_paged.integrations.trl.shadow import Shadow
+from hf_paged.integrations.trl.support import autocast_dtype, is_sharded
 from hf_paged.model.introspect import causal_lm
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.state import PagedState
@@ -31,14 +33,20 @@ class TrainerGeneration:
         trainer: a TRL trainer; `attach` has checked it.
         state: what makes the model's engine, at the first rollout.
         sleep: give the engine's memory back after every rollout; None: on a GPU.
+        shadow: as in `attach`.
     """
 
-    def __init__(self, trainer: Any, state: PagedState, *, sleep: bool | None = None) -> None:
+    def __init__(
+        self, trainer: Any, state: PagedState, *, sleep: bool | None = None, shadow: bool | None = None
+    ) -> None:
         self.replaced: dict[str, Any] = {}
         """The trainer's attributes that `attach` replaced, for `detach`."""
         self._trainer = trainer
         self._state = state
-        self._sleep = trainer.accelerator.device.type == "cuda" if sleep is None else sleep
+        on_gpu = trainer.accelerator.device.type == "cuda"
+        self._sleep = on_gpu if sleep is None else sleep
+        dtype = autocast_dtype(trainer) if (on_gpu if shadow is None else shadow) else None
+        self._shadow = Shadow(dtype) if dtype is not None and not is_sharded(trainer) else None
 
     # ---- what TRL calls ------------------------------------------------------------------------------------
 
@@ -108,7 +116,12 @@ class TrainerGeneration:
         """The trainer's model as a rollout needs it: parameters whole, in the precision that training computes in."""
         trainer = self._trainer
         lm = causal_lm(trainer.model)
-        with gathered(trainer.model_wrapped), _plain_forward(lm), trainer.accelerator.autocast():
+        with ExitStack() as stack:
+            stack.enter_context(gathered(trainer.model_wrapped))
+            stack.enter_context(_plain_forward(lm))
+            if self._shadow is not None:
+                stack.enter_context(self._shadow.cast(lm))
+            stack.enter_context(trainer.accelerator.autocast())
             yield trainer.model
 
     @contextmanager

@@ -52,6 +52,16 @@ def distributed_type(trainer: Any) -> str:
     return str(trainer.accelerator.distributed_type.value)
 
 
+def is_sharded(trainer: Any) -> bool:
+    """Whether a strategy owns the parameters' memory."""
+    return distributed_type(trainer) in ("FSDP", "DEEPSPEED")
+
+
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """What the trainer's autocast computes in, if it trains under one."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))
+
+
 def is_zero3(trainer: Any) -> bool:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
@@ -66,7 +76,7 @@ def engine_config(trainer: Any, config: EngineConfig, options: dict[str, Any]) -
     """
     kind, device = distributed_type(trainer), trainer.accelerator.device
     suited: dict[str, Any] = {}
-    if kind in ("FSDP", "DEEPSPEED"):
+    if is_sharded(trainer):
         suited["fuse_linear"] = False  # their parameters are views of memory that they own
     if kind == "FSDP":
         suited |= {"compile": "off", "cuda_graphs": False}  # its hooks run in every layer
