@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
+from hf_paged.engine.logprobs import LogprobHistory, TokenLogprobs
 from hf_paged.engine.request import RequestMetrics
 
 
@@ -18,6 +19,56 @@ class Logprob:
     decoded_token: str | None = None
 
 
+def logprobs_of(entry: TokenLogprobs, decode: Callable[[list[int]], str] | None) -> dict[int, Logprob]:
+    """A token and the likeliest beside it, by id; `decode` gives them their texts."""
+    likeliest = zip(entry.token_ids[1:], entry.logprobs[1:], strict=True)
+    found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(likeliest, start=1)}
+    own = entry.token_ids[0]
+    found = {own: Logprob(entry.logprobs[0], entry.rank)} | {t: lp for t, lp in found.items() if t != own}
+    if decode is not None:
+        for token, logprob in found.items():
+            logprob.decoded_token = decode([token])
+    return found
+
+
+class CompletionLogprobs(Sequence[dict[int, Logprob]]):
+    """A completion's log-probabilities, token by token: a list of dicts that are made when they are looked at.
+
+    Who only wants the numbers takes `values` (or `CompletionOutput.token_logprobs`).
+    """
+
+    def __init__(self, history: LogprobHistory, decode: Callable[[list[int]], str] | None) -> None:
+        self._history, self._decode = history, decode
+
+    @property
+    def values(self) -> list[float]:
+        """Of the tokens themselves."""
+        return self._history.values
+
+    def __len__(self) -> int:
+        return len(self._history)
+
+    @overload
+    def __getitem__(self, place: int) -> dict[int, Logprob]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[int, Logprob]]: ...
+
+    def __getitem__(self, place: int | slice) -> dict[int, Logprob] | list[dict[int, Logprob]]:
+        places = range(len(self))[place]
+        if isinstance(places, range):
+            return [self[i] for i in places]
+        return logprobs_of(self._history.entry(places), self._decode)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 @dataclass
 class CompletionOutput:
     """One sample of a request."""
@@ -27,7 +78,7 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None
     """Sum of the tokens' log-probabilities, where `logprobs` was asked for."""
-    logprobs: list[dict[int, Logprob]] | None
+    logprobs: Sequence[dict[int, Logprob]] | None
     """Per token: the sampled one and the likeliest, by id."""
     finish_reason: str | None = None
     """"stop", "length", "abort" or "error"; None while it goes on."""
@@ -39,6 +90,15 @@ class CompletionOutput:
 
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def token_logprobs(self) -> list[float] | None:
+        """The log-probability of each token of `token_ids`, where `logprobs` was asked for."""
+        if isinstance(self.logprobs, CompletionLogprobs):
+            return self.logprobs.values
+        if self.logprobs is None:
+            return None
+        return [entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=True)]
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_paged.engine.batch import Batch
+from hf_paged.engine.logprobs import TokenLogprobs
 from hf_paged.engine.request import Request
-from hf_paged.sampling.logprobs import TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -17,11 +17,14 @@ class StepResult:
     tokens: list[int]
     """Per sequence of `Batch.sampled()`."""
     logprobs: list[TokenLogprobs | None] | None = None
-    """Likewise; None when nobody asked."""
+    """Likewise; None when nobody asked, or `drawn` has them."""
     errors: dict[int, Exception] = field(default_factory=dict)
     """By place in `Batch.sampled()`: sequences whose sampling failed; their tokens mean nothing."""
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     """Per chunk, for the prompt tokens that follow its rows; None when nobody asked."""
+    drawn: tuple[list[float], list[int]] | None = None
+    """Log-probabilities and ranks, likewise, of tokens that a device drew; they mean something where they were asked
+    for. None when nobody asked."""
     scores: list[list[float]] | None = None
     """Per chunk, the log-probabilities of those of `Request.scored` that follow its rows; None when nobody asked."""
 

@@ -164,16 +164,23 @@ class StepLoop:
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
-            if result.logprobs is not None:
-                entry = result.logprobs[place]
-                if entry is not None:
-                    sequence.logprobs[sequence.num_generated :] = [entry]
+            if request.sampling.logprobs is not None:
+                self._keep_logprobs(sequence, result, place)
             if not sequence.weight_runs or sequence.weight_runs[-1][0] != version:
                 sequence.weight_runs.append((version, sequence.num_generated))
             self.scheduler.append(sequence, result.tokens[place])
             self.stats.generation_tokens += 1
             self._end(sequence)
         return list(touched.values())
+
+    def _keep_logprobs(self, sequence: Sequence, result: StepResult, place: int) -> None:
+        history = sequence.logprobs
+        if len(history.values) > sequence.num_generated:
+            history.truncate(sequence.num_generated)
+        if result.drawn is not None:
+            history.add(result.tokens[place], result.drawn[0][place], result.drawn[1][place])
+        elif result.logprobs is not None and (entry := result.logprobs[place]) is not None:
+            history.append(entry)
 
     def _score(self, chunk: Chunk, scores: list[float]) -> bool:
         """Keeps what a chunk tells about a request that is only scored. Returns whether this ended it."""

@@ -295,7 +295,7 @@ class ModelExecutor(Executor):
             return lambda: _result(landing, sequences, prompt_logprobs, scores())
         sampled = self._sampler.sample(logits, sequences) if sequences else Sampled([], [])
         self._previous = torch.tensor(sampled.tokens, dtype=torch.int64, device=self.layout.device)
-        return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores())
+        return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores=scores())
 
     def _scores(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> Callable[[], list[list[float]] | None]:
         """Enqueues log-probabilities of scored tokens. What it returns waits for them, as in `StepResult`."""
@@ -435,8 +435,10 @@ def _result(
     prompt_logprobs: list[list[TokenLogprobs]] | None = None,
     scores: list[list[float]] | None = None,
 ) -> StepResult:
-    sampled = landing.wait(sequences)
-    return StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores)
+    drawn = landing.wait(sequences)
+    return StepResult(
+        drawn.tokens, errors=drawn.errors, prompt_logprobs=prompt_logprobs, drawn=drawn.logprobs, scores=scores
+    )
 
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> list[TokenLogprobs]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from hf_paged.engine.request import Request, Sequence
-from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
-from hf_paged.sampling.logprobs import TokenLogprobs
+from hf_paged.outputs import CompletionLogprobs, CompletionOutput, Logprob, RequestOutput, logprobs_of
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 INCOMPLETE = "\ufffd"
@@ -179,12 +178,13 @@ class OutputProcessor:
             sequence.num_reported = sequence.num_generated
             sequence.end_reported = sequence.finished
         wants_logprobs = sequence.request.sampling.logprobs is not None
+        decode = self._decode(sequence.request)
         return CompletionOutput(
             index=sequence.index,
             text=text,
             token_ids=tokens,
-            cumulative_logprob=sum(entry.logprobs[0] for entry in sequence.logprobs) if wants_logprobs else None,
-            logprobs=self._logprobs(sequence.request, sequence.logprobs[start:]) if wants_logprobs else None,
+            cumulative_logprob=sum(sequence.logprobs.values) if wants_logprobs else None,
+            logprobs=CompletionLogprobs(sequence.logprobs.since(start), decode) if wants_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             weight_versions=sequence.weight_versions[start:],
@@ -214,19 +214,8 @@ class OutputProcessor:
     def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
         if request.prompt_logprobs is None:
             return None
-        return [None if entry is None else self._logprobs(request, [entry])[0] for entry in request.prompt_logprobs]
+        decode = self._decode(request)
+        return [None if entry is None else logprobs_of(entry, decode) for entry in request.prompt_logprobs]
 
-    def _logprobs(self, request: Request, entries: list[TokenLogprobs]) -> list[dict[int, Logprob]]:
-        decode = self.tokenizer.decode if self.tokenizer is not None and request.sampling.detokenize else None
-        return [_logprobs(entry, decode) for entry in entries]
-
-
-def _logprobs(entry: TokenLogprobs, decode: Callable[[list[int]], str] | None) -> dict[int, Logprob]:
-    likeliest = zip(entry.token_ids[1:], entry.logprobs[1:], strict=True)
-    found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(likeliest, start=1)}
-    own = entry.token_ids[0]
-    found = {own: Logprob(entry.logprobs[0], entry.rank)} | {t: lp for t, lp in found.items() if t != own}
-    if decode is not None:
-        for token, logprob in found.items():
-            logprob.decoded_token = decode([token])
-    return found
+    def _decode(self, request: Request) -> Callable[[list[int]], str] | None:
+        return self.tokenizer.decode if self.tokenizer is not None and request.sampling.detokenize else None

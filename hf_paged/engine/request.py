@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_paged.engine.logprobs import LogprobHistory, TokenLogprobs
+
 if TYPE_CHECKING:
     from hf_paged.cache.prefix import Node
     from hf_paged.engine.output import SequenceText
-    from hf_paged.sampling.logprobs import TokenLogprobs
     from hf_paged.sampling_params import SamplingParams
 
 
@@ -43,7 +44,7 @@ class Sequence:
     finish_reason: str | None = None
     """None while unfinished, then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: LogprobHistory = field(default_factory=LogprobHistory)
     """One entry per generated token, where the request asked for them."""
     weight_runs: list[tuple[int, int]] = field(default_factory=list)
     """(version of the weights, the first generated token computed with it), in order."""

@@ -12,8 +12,7 @@ from torch import Tensor
 from hf_paged.engine.request import Sequence
 from hf_paged.model.buffers import PackedBuffer
 from hf_paged.sampling.fused import SamplingRows, SlotParams
-from hf_paged.sampling.logprobs import TokenLogprobs
-from hf_paged.sampling.sampler import NonFiniteLogits, Sampled
+from hf_paged.sampling.sampler import NonFiniteLogits
 
 _PARAMETERS = {
     "temperature": torch.float32,
@@ -49,6 +48,17 @@ def fill_parameters(arrays: dict[str, np.ndarray], sequences: list[Sequence], pa
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """Per sequence, in order."""
+
+    tokens: list[int]
+    errors: dict[int, Exception]
+    """Which sequences (by place) could not be sampled, and why; their tokens mean nothing."""
+    logprobs: tuple[list[float], list[int]] | None
+    """The tokens' log-probabilities and ranks, for those who asked; None when nobody did."""
+
+
+@dataclass(frozen=True, slots=True)
 class Landing:
     """Sampled tokens on their way to the host."""
 
@@ -57,7 +67,7 @@ class Landing:
     tokens_on_device: Tensor
     """int64, in the order of the sequences."""
 
-    def wait(self, sequences: list[Sequence]) -> Sampled:
+    def wait(self, sequences: list[Sequence]) -> Drawn:
         """Waits for them, and says which rows could not be sampled."""
         self.landed.synchronize()
         count = len(sequences)
@@ -69,14 +79,10 @@ class Landing:
             )
             for row in np.flatnonzero(tokens < 0)
         }
-        logprobs: list[TokenLogprobs | None] = [None] * count
+        logprobs = None
         if any(sequence.request.sampling.logprobs is not None for sequence in sequences):
-            values, ranks = self.results["logprobs"][:count].tolist(), self.results["ranks"][:count].tolist()
-            logprobs = [
-                TokenLogprobs([token], [value], rank) if sequence.request.sampling.logprobs is not None else None
-                for sequence, token, value, rank in zip(sequences, tokens.tolist(), values, ranks, strict=True)
-            ]
-        return Sampled(tokens.tolist(), logprobs, errors)
+            logprobs = self.results["logprobs"][:count].tolist(), self.results["ranks"][:count].tolist()
+        return Drawn(tokens.tolist(), errors, logprobs)
 
 
 class DeviceSampler:

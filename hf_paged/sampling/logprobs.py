@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """One token's: `token_ids[0]` is the token itself, then the likeliest in order, if any were asked for."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    """Natural logarithms."""
-    rank: int
-    """Of the token itself among the whole vocabulary; 1 is the likeliest."""
-
+from hf_paged.engine.logprobs import TokenLogprobs
 
 SLICE = 1 << 24
 """Logits that `chosen_logprobs` holds in float32 at once."""

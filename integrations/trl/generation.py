@@ -149,9 +149,8 @@ class TrainerGeneration:
             if output.error is not None:
                 raise output.error
             for place, completion in zip(where, output.outputs, strict=True):
-                ids = completion.token_ids
-                assert completion.logprobs is not None
-                found[place] = ids, [entry[i].logprob for entry, i in zip(completion.logprobs, ids, strict=True)]
+                assert completion.token_logprobs is not None
+                found[place] = completion.token_ids, completion.token_logprobs
         return [found[place] for place in range(len(prompts))]
 
 
