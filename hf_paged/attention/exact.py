@@ -76,13 +76,18 @@ class _Packing:
 
     @staticmethod
     def of(mask: Tensor | None, query: Tensor) -> _Packing:
-        """For queries `[B, T, H, D]`."""
+        """For queries `[B, T, H, D]`. All layers of a forward have the same mask: what the first one found stays with
+        it."""
         count, width = query.shape[:2]
         if mask is None:
             lengths = torch.full((count,), width, dtype=torch.int32, device=query.device)
             return _Packing(lengths, None, None)
-        order = (~mask.bool()).to(torch.uint8).argsort(stable=True, dim=1)
-        return _Packing(mask.sum(1, dtype=torch.int32), order, order.argsort(1))
+        version, packing = getattr(mask, "_hf_paged_packing", (-1, None))
+        if packing is None or version != mask._version:
+            order = (~mask.bool()).to(torch.uint8).argsort(stable=True, dim=1)
+            packing = _Packing(mask.sum(1, dtype=torch.int32), order, order.argsort(1))
+            mask._hf_paged_packing = mask._version, packing  # type: ignore[attr-defined]
+        return packing
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, H, D]` with real tokens first, contiguous."""

@@ -21,7 +21,7 @@ def check_exact(trainer: Any) -> None:
         raise _refuse(f"{distributed_type(trainer)} keeps parameters in forms that its kernels were not tried with")
     if reason := why_inexact(lm):
         raise _refuse(f"{type(lm).__name__}: {reason}")
-    exact_backend(next(lm.parameters()).device)
+    exact_backend(trainer.accelerator.device)
     for name in ("torch_compile", "use_liger_kernel", "cast_lm_head_to_fp32"):
         if getattr(args, name, False):
             raise _refuse(f"{name} computes the trainer's forward by other kernels: leave it out")

@@ -3,8 +3,8 @@ row stands among them.
 
 A library picks tiles, and splits sums, by the shape of the whole problem; then a token's numbers depend on its
 neighbours in the batch (see "Defeating Nondeterminism in LLM Inference", Thinking Machines, 2025). Here tiles are fixed
-per dtype, every sum over K or over a row is taken in one order, and no choice looks at the number of rows. Not even
-Triton's own: that number is not specialised on.
+per dtype and inner dimension, every sum over K or over a row is taken in one order, and no choice looks at the number
+of rows. Not even Triton's own: that number is not specialised on.
 """
 
 from __future__ import annotations
@@ -70,13 +70,21 @@ class MatmulConfig(NamedTuple):
 
 
 @functools.cache
-def matmul_config(dtype: torch.dtype, device: torch.device) -> MatmulConfig:
-    """By dtype and device alone: a row count must not choose, and neither must a column count, since a trainer may
-    multiply by a vocabulary's weights in pieces."""
+def matmul_config(dtype: torch.dtype, k: int, device: torch.device) -> MatmulConfig:
+    """By what is the same for every part of a product: a row count must not choose, and neither must a column count,
+    since a trainer may multiply by a vocabulary's weights in pieces.
+
+    Args:
+        k: the inner dimension. In models where it is small there are few columns too, and narrow tiles keep more of
+            the device busy with a step's few rows.
+    """
     if dtype == torch.float32:  # no tensor cores: products are exact, and never TF32
         return MatmulConfig(64, 64, 32, num_warps=8, num_stages=2)
     roomy = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return MatmulConfig(128, 128, 64, num_warps=8, num_stages=4 if roomy else 3)
+    stages = 4 if roomy else 3
+    if k < 4096:
+        return MatmulConfig(128, 64, 64, num_warps=4, num_stages=stages)
+    return MatmulConfig(128, 128, 64, num_warps=8, num_stages=stages)
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -99,7 +107,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
         return out
     a = a if a.stride(-1) == 1 or k == 1 else a.contiguous()
     b = b if 1 in b.stride()[-2:] else b.contiguous()
-    config = matmul_config(a.dtype, a.device)
+    config = matmul_config(a.dtype, k, a.device)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     with torch.cuda.device_of(a):
         _matmul[(tiles, *(batch or [1]))](

@@ -65,7 +65,7 @@ def exact_logprobs(logits: Tensor, tokens: Tensor, scales: Tensor) -> Tensor:
             logits, logits.stride(0), tokens, scales, peaks, sums, chosen, vocab, BLOCK=BLOCK, num_warps=WARPS
         )
     log_z = peaks[:count] + torch.log(sums[:count])
-    return torch.where(tokens < 0, float("nan"), chosen[:count] - log_z)
+    return (chosen[:count] - log_z).masked_fill_(tokens < 0, float("nan"))
 
 
 def sample_tokens_exactly(

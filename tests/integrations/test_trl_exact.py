@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trl
 from exactly import ON_GPU, ordered_products  # noqa: F401
 from models.families import make_model
@@ -16,8 +15,7 @@ from trainers import OPTIONS, make_trainer, metrics
 
 pytest.importorskip("triton")
 
-from hf_paged.attention.exact import EXACT
-from hf_paged.integrations.trl import attach, detach
+from hf_paged.integrations.trl import attach
 
 pytestmark = pytest.mark.skipif(
     not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="exact mode needs TRL's fused language-model head"
