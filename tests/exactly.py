@@ -23,8 +23,9 @@ def ordered_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
         total = d.data.copy()
         left, right = a.data.astype(total.dtype), b.data.astype(total.dtype)
+        term = np.empty_like(total)
         for k in range(left.shape[1]):
-            total += left[:, k, None] * right[None, k, :]
+            total += np.multiply(left[:, k, None], right[None, k, :], out=term)
         return TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

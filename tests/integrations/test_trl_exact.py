@@ -15,7 +15,8 @@ from trainers import OPTIONS, make_trainer, metrics
 
 pytest.importorskip("triton")
 
-from hf_paged.integrations.trl import attach
+from hf_paged.attention.exact import EXACT
+from hf_paged.integrations.trl import attach, detach
 
 pytestmark = pytest.mark.skipif(
     not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason="exact mode needs TRL's fused language-model head"
@@ -64,3 +65,54 @@ def test_the_difference_is_zero(make: Callable[..., Any], options: dict[str, Any
     assert metrics(trainer, DIFFERENCE) == [0.0, 0.0]
     assert metrics(trainer, "sampling/importance_sampling_ratio/min") == [1.0, 1.0]
     assert max(metrics(trainer, "grad_norm")) > 0
+
+
+def test_without_it_the_difference_is_not_zero(tmp_path: Path) -> None:
+    trainer = attach(make_trainer("GRPO", tmp_path, model=small(), max_steps=1), **OPTIONS)
+    trainer.train()
+    assert metrics(trainer, DIFFERENCE)[0] > 0.0
+
+
+def test_attaching_again_and_detaching(make: Callable[..., Any]) -> None:
+    trainer = make()
+    lm = trainer.model
+    assert attach(trainer, exact=True, **OPTIONS) is trainer, "an exact trainer can be attached to again"
+    attach(trainer, exact=False, **OPTIONS)
+    assert not any(hasattr(module.forward, "replaces") for module in lm.modules())
+    attach(trainer, exact=True, **OPTIONS)
+    assert hasattr(lm.forward, "replaces")
+    detach(trainer)
+    assert not any(hasattr(module.forward, "replaces") for module in lm.modules())
+    assert lm.config._attn_implementation != EXACT
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "says"),
+    [
+        ("Mistral", {}, "sliding window"),
+        ("Mixtral", {}, "mixture of experts"),
+        ("Cohere", {"logit_scale": 0.5}, "logit_scale"),
+        ("Llama", {"attention_dropout": 0.1}, "disable_dropout"),
+    ],
+)
+def test_models_that_are_refused(tmp_path: Path, family: str, options: dict[str, Any], says: str) -> None:
+    trainer = make_trainer("GRPO", tmp_path, model=make_model(family, **options))
+    before = set(trainer.__dict__)
+    with pytest.raises(ValueError, match=f"exact=True.*{says}"):
+        attach(trainer, exact=True, **OPTIONS)
+    assert set(trainer.__dict__) == before and not hasattr(trainer.model.forward, "replaces")
+
+
+@pytest.mark.parametrize("name", ["torch_compile", "use_liger_kernel", "cast_lm_head_to_fp32"])
+def test_arguments_that_are_refused(tmp_path: Path, name: str) -> None:
+    trainer = make_trainer("GRPO", tmp_path, model=small())
+    setattr(trainer.args, name, True)
+    with pytest.raises(ValueError, match=name):
+        attach(trainer, exact=True, **OPTIONS)
+
+
+def test_a_trainer_without_the_fused_head_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer("GRPO", tmp_path, model=small())
+    del trainer.model.__dict__["forward"]
+    with pytest.raises(ValueError, match="upgrade trl"):
+        attach(trainer, exact=True, **OPTIONS)

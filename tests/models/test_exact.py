@@ -26,15 +26,15 @@ from hf_paged.sampling import device
 pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/cuda holds these for a GPU")
 
 HEAT = 0.7
-PROMPTS = make_prompts([3, 17, 9, 30])
+PROMPTS = make_prompts([3, 9, 18])
 SAMPLING = SamplingParams(
-    n=2, temperature=HEAT, seed=4, max_tokens=5, ignore_eos=True, logprobs=0, logprobs_mode="scaled_logprobs"
+    n=2, temperature=HEAT, seed=4, max_tokens=3, ignore_eos=True, logprobs=0, logprobs_mode="scaled_logprobs"
 )
 
 
 def small(family: str = "Llama", **changes: Any) -> Any:
     """With sizes that torch's vectorised loops on a CPU divide, whose ends are computed by other functions."""
-    return make_model(family, **({"head_dim": 32, "num_hidden_layers": 2} | changes))
+    return make_model(family, **({"head_dim": 32, "num_hidden_layers": 1} | changes))
 
 
 def own_logprobs(model: Any, rows: list[tuple[list[int], list[int]]], heat: float = HEAT) -> list[list[float]]:
@@ -65,7 +65,7 @@ def reported(outputs: list[Any]) -> tuple[list[tuple[list[int], list[int]]], lis
     ("family", "options"),
     [
         ("Llama", {}),
-        ("Llama", {"page_size": 4, "num_pages": 24, "max_num_seqs": 4}),
+        ("Llama", {"page_size": 4, "num_pages": 10, "max_num_seqs": 6}),
         ("Llama", {"page_size": 16, "max_num_batched_tokens": 7, "max_num_seqs": 5}),
         ("Qwen3", {"page_size": 8}),
         ("Qwen2", {}),
@@ -81,14 +81,12 @@ def test_reported_log_probabilities_are_the_models_own(family: str, options: dic
     assert own_logprobs(model, rows[3:5]) == values[3:5], "another batch, the same bits"
     stats = model.engine.scheduler.stats
     assert ("num_pages" not in options) or stats.num_preemptions > 0
-    again, same = reported(model.generate_many(PROMPTS[::-1], SAMPLING))
-    assert dict(zip(map(str, again), same, strict=True)).items() >= {} and own_logprobs(model, again) == same
 
 
 def test_a_cached_prefix_does_not_matter() -> None:
     model = hf_paged.wrap(small(), exact=True, page_size=4, num_pages=64)
-    first = model.generate_many([PROMPTS[3]], SAMPLING)
-    second = model.generate_many([PROMPTS[3]], SAMPLING)
+    first = model.generate_many([PROMPTS[2]], SAMPLING)
+    second = model.generate_many([PROMPTS[2]], SAMPLING)
     assert second[0].num_cached_tokens > 0
     assert reported(first) == reported(second)
 
@@ -125,14 +123,14 @@ def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> No
 
 def loss_and_grads(model: Any, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    ids = torch.tensor([PROMPTS[3]])
+    ids = torch.tensor([PROMPTS[2]])
     loss = model(input_ids=ids, labels=ids, use_cache=False, **options).loss
     loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_gradients_are_the_stock_ones_and_checkpointing_changes_no_bit() -> None:
-    model = small().train()
+    model = small(num_hidden_layers=2).train()
     stock, expected = loss_and_grads(model)
     forward = ExactForward(model)
     exact, grads = loss_and_grads(model)
@@ -153,7 +151,7 @@ def test_gradients_are_the_stock_ones_and_checkpointing_changes_no_bit() -> None
 
 
 def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
-    model = small()
+    model = small(num_hidden_layers=2)
     forward = ExactForward(model)
     with pytest.raises(RuntimeError, match="no luck"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.model.layers[1].mlp, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("no luck")))
