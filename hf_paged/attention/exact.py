@@ -6,6 +6,7 @@ gets the same bits here and there. The backward pass is torch's own, over the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from hf_paged.attention.interface import compute_dtype
 
@@ -41,13 +42,14 @@ def exact_attention(
             get zeros.
 
     Raises:
-        ValueError: dropout, a soft cap, sinks, or keys from a cache.
+        ValueError: dropout, a soft cap, sinks, keys from a cache, or another kind of mask.
     """
     for what, given in (
         ("attention dropout", dropout),
         ("a soft cap", options.get("softcap") is not None),
         ("attention sinks", options.get("s_aux") is not None),
         ("a key-value cache", key.shape[2] != query.shape[2]),
+        ("a mask of four dimensions", attention_mask is not None and attention_mask.ndim != 2),
     ):
         if given:
             raise ValueError(f"exact attention cannot do {what}: leave exact mode off")
@@ -58,8 +60,19 @@ def exact_attention(
     return _ExactAttention.apply(q, k, v, _Packing.of(attention_mask, q), scaling), None
 
 
-def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """transformers' mask interface: the padding, bool `[B, T]`, is all that the kernel wants to know."""
+def padding_mask(
+    *_: Any, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **__: Any
+) -> Tensor | None:
+    """transformers' mask interface: the padding, bool `[B, T]`, is all that the kernel wants to know.
+
+    Raises:
+        ValueError: a token is not to see all tokens before it.
+    """
+    if mask_function is not causal_mask_function:
+        raise ValueError(
+            "exact attention is causal attention over whole rows: it cannot do sliding windows, or several sequences "
+            "packed into one row by their position_ids"
+        )
     return attention_mask
 
 
@@ -82,11 +95,12 @@ class _Packing:
         if mask is None:
             lengths = torch.full((count,), width, dtype=torch.int32, device=query.device)
             return _Packing(lengths, None, None)
-        version, packing = getattr(mask, "_hf_paged_packing", (-1, None))
-        if packing is None or version != mask._version:
+        now = -1 if mask.is_inference() else mask._version
+        version, packing = getattr(mask, "_hf_paged_packing", (now, None))
+        if packing is None or version != now:
             order = (~mask.bool()).to(torch.uint8).argsort(stable=True, dim=1)
             packing = _Packing(mask.sum(1, dtype=torch.int32), order, order.argsort(1))
-            mask._hf_paged_packing = mask._version, packing  # type: ignore[attr-defined]
+            mask._hf_paged_packing = now, packing  # type: ignore[attr-defined]
         return packing
 
     def pack(self, x: Tensor) -> Tensor:

@@ -162,6 +162,20 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model(prompt, use_cache=False).logits, model(prompt, use_cache=False).logits)
 
 
+def test_forwards_that_cannot_be_exact_are_refused() -> None:
+    model, ids = small(), torch.tensor([PROMPTS[1]])
+    windowed = small("Mistral")
+    forwards = [ExactForward(model), ExactForward(windowed)]
+    with pytest.raises(ValueError, match="packed into one row"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False)
+    with pytest.raises(ValueError, match="four dimensions"):
+        model(ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool), use_cache=False)
+    with pytest.raises(ValueError, match="sliding windows"):
+        windowed(ids, use_cache=False)
+    for forward in forwards:
+        forward.remove()
+
+
 def test_generation_by_the_model_itself_is_not_concerned() -> None:
     model = small()
     ids = torch.tensor([PROMPTS[1]])
