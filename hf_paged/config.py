@@ -9,6 +9,7 @@ from hf_paged.sampling_params import LOGPROBS_MODES
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
+    "exact": (True, False),
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
     "attention_backend": ("auto", "triton", "flashinfer", "torch"),
     "compile": ("layers", "off", None),
@@ -72,6 +73,10 @@ class EngineConfig:
     their parameters then share. None: on a GPU."""
     async_scheduling: bool | None = None
     """Schedule and launch the next step while the device computes this one. None: on a GPU."""
+    exact: bool = False
+    """Make a token's numbers the same bits whatever else is in the batch: alone or in a crowd, in a chunk of prefill or
+    a decode, from cached pages or not. Then a trainer on the same weights can have the very log-probabilities that were
+    sampled from (`hf_paged.integrations.trl.attach(trainer, exact=True)`). Slower; needs a GPU and Triton."""
     logprobs_mode: str = "raw_logprobs"
     """Log-probabilities of the model itself ("raw_logprobs"), after penalties, temperature, top-k...
     ("processed_logprobs"), or after temperature alone ("scaled_logprobs"). A request's own
@@ -90,6 +95,7 @@ class EngineConfig:
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"
             )
         self._check_choices()
+        self._check_exact()
         if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, int | float):
             raise ValueError(f"gpu_memory_utilization must be a number, got {self.gpu_memory_utilization!r}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -101,6 +107,19 @@ class EngineConfig:
             if not any(type(value) is type(choice) and value == choice for choice in choices):
                 told = ", ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
                 raise ValueError(f"{name} must be one of {told}; got {value!r}")
+
+    def _check_exact(self) -> None:
+        """Exact mode has kernels of its own: asking for others as well makes no sense."""
+        others = (
+            ("attention_backend", ("auto", "triton")),
+            ("compile", (None, "off")),
+            ("fuse_linear", (None, False)),
+            ("kv_cache_dtype", ("auto",)),
+        )
+        for name, possible in others:
+            value = getattr(self, name)
+            if self.exact and value not in possible:
+                raise ValueError(f"exact=True cannot be had with {name}={value!r}: leave {name} out, or exact")
 
     def with_changes(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed.

@@ -54,5 +54,23 @@ def choose_backend(
     return TritonBackend(device)
 
 
+def exact_backend(device: torch.device) -> AttentionBackend:
+    """The backend of exact mode.
+
+    Raises:
+        ValueError: the model is not on a GPU.
+        ImportError: Triton is not installed.
+    """
+    if not _installed("triton"):
+        raise ImportError("exact=True needs Triton, which torch's CUDA builds bring along")
+    from triton import knobs
+
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ValueError(f"exact=True needs a GPU: its kernels are Triton's, and the model is on {device}")
+    from hf_paged.attention.exact_backend import ExactTritonBackend
+
+    return ExactTritonBackend(device)
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

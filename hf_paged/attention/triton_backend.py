@@ -56,7 +56,7 @@ class TritonBackend:
         self.device = device
 
     def plan(self, batch: AttentionBatch, layers: list[LayerSpec]) -> TritonPlan:
-        heights = sorted({_rows_per_tile(layer) for layer in layers}) if batch.spans else []
+        heights = sorted({tile_rows(layer) for layer in layers}) if batch.spans else []
         spans = [(span.row, span.length, span.context) for span in batch.spans]
         span_pages = np.zeros((len(spans), max((len(span.pages) for span in batch.spans), default=0)), dtype=np.int32)
         for row, span in enumerate(batch.spans):
@@ -96,7 +96,7 @@ class TritonBackend:
         sinks: Tensor | None,
     ) -> Tensor:
         out = query.new_empty(query.shape[0], layer.num_heads, layer.value_dim)
-        pools, options, count = (key_pool, value_pool), _options(layer, sinks), plan.num_decodes
+        pools, options, count = (key_pool, value_pool), layer_options(layer, sinks), plan.num_decodes
         if plan.tiles:
             scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
             append_kv(key[count:], value[count:], *pools, plan.prefill_rows, **scales)
@@ -107,7 +107,7 @@ class TritonBackend:
                 shared=plan.shared if layer.window is None else None,
             )  # fmt: skip
         if plan.tiles:
-            rows = _rows_per_tile(layer)
+            rows = tile_rows(layer)
             paged_prefill(query, *pools, plan.span_pages, plan.tiles[rows], rows=rows, **options, out=out)
         return out
 
@@ -138,7 +138,7 @@ class TritonCapturedDecode:
         sinks: Tensor | None,
     ) -> Tensor:
         buffers = self._buffers
-        tables, options = (buffers.block_table, buffers.slots, buffers.lengths), _options(layer, sinks)
+        tables, options = (buffers.block_table, buffers.slots, buffers.lengths), layer_options(layer, sinks)
         return paged_decode(
             query, key_pool, value_pool, *tables, **options,
             new_key=key, new_value=value, write_rows=buffers.write_rows,
@@ -151,7 +151,7 @@ class TritonCapturedMixed:
 
     def __init__(self, buffers: MixedBuffers, layers: list[LayerSpec], device: torch.device) -> None:
         self._buffers = buffers
-        self._heights = sorted({_rows_per_tile(layer) for layer in layers})
+        self._heights = sorted({tile_rows(layer) for layer in layers})
         room = {height: len(buffers.write_rows) // height + buffers.max_spans for height in self._heights}
         self._tiles = PackedBuffer({str(height): (torch.int32, 4 * room[height]) for height in room}, device)
 
@@ -174,11 +174,11 @@ class TritonCapturedMixed:
         value_pool: Tensor,
         sinks: Tensor | None,
     ) -> Tensor:
-        buffers, pools, options = self._buffers, (key_pool, value_pool), _options(layer, sinks)
+        buffers, pools, options = self._buffers, (key_pool, value_pool), layer_options(layer, sinks)
         out = query.new_zeros(query.shape[0], layer.num_heads, layer.value_dim)
         scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
         append_kv(key, value, *pools, buffers.write_rows, **scales)
-        count, rows = len(buffers.slots), _rows_per_tile(layer)
+        count, rows = len(buffers.slots), tile_rows(layer)
         paged_decode(
             query[:count], *pools, buffers.block_table, buffers.slots, buffers.lengths, **options, out=out[:count],
             shared=buffers.shared if layer.window is None else None,
@@ -209,11 +209,11 @@ def _count(plan: SharedPlan) -> np.ndarray:
     return np.array([len(plan.items)], dtype=np.int32)
 
 
-def _rows_per_tile(layer: LayerSpec) -> int:
+def tile_rows(layer: LayerSpec) -> int:
     return rows_per_tile(layer.num_heads // layer.num_kv_heads)
 
 
-def _options(layer: LayerSpec, sinks: Tensor | None) -> dict[str, Any]:
+def layer_options(layer: LayerSpec, sinks: Tensor | None) -> dict[str, Any]:
     """What both attention kernels are told of a layer."""
     return {
         "scaling": layer.scaling,

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_paged.attention.select import choose_backend
+from hf_paged.attention.backend import AttentionBackend
+from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlan, SharedPlanner
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
@@ -22,6 +23,7 @@ from hf_paged.engine.batch import Batch, Chunk
 from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.model.compile import CompiledLayers, decoder_layers
+from hf_paged.model.exact import why_inexact
 from hf_paged.model.fuse import FusedLinears, find_groups
 from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder, StepInputs
@@ -74,7 +76,7 @@ class ModelExecutor(Executor):
         self.max_num_batched_tokens = tokens or max(_token_budget(device), sequences or 0)
         self.max_num_seqs = sequences or min(_default_num_seqs(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
-        self._backend = choose_backend(config.attention_backend, device, layout.kv_dtype, self._kv_dtype, layout.layers)
+        self._backend = self._choose_backend()
         self.storage: KVStorage | None = None
         self._asleep = False
         """The pools have their addresses and no memory."""
@@ -85,7 +87,7 @@ class ModelExecutor(Executor):
         self._previous: Tensor | None = None
         """int64, the tokens that the last launched step sampled, on the device."""
         self._watch = WeightWatch(self._lm)
-        self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu)
+        self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu and not config.exact)
         self._fused: FusedLinears | None = None
         try:
             self._build(on_gpu)
@@ -94,21 +96,29 @@ class ModelExecutor(Executor):
             raise
         logger.info("engine ready in %.1f s", time.monotonic() - start)
 
+    def _choose_backend(self) -> AttentionBackend:
+        config, layout = self._config, self.layout
+        if config.exact:
+            if reason := why_inexact(self._lm):
+                raise ValueError(f"exact=True cannot be had for {type(self._lm).__name__}: {reason}")
+            return exact_backend(layout.device)
+        return choose_backend(config.attention_backend, layout.device, layout.kv_dtype, self._kv_dtype, layout.layers)
+
     def _build(self, on_gpu: bool) -> None:
         model, layout, config, device = self._model, self.layout, self._config, self.layout.device
         self._fused = self._fuse()
-        self._lean = LeanLinears(self._lm) if on_gpu else None
-        check_model(model, layout, self._backend, fused=self._fused, lean=self._lean, kv_dtype=self._kv_dtype)
+        self._lean = LeanLinears(self._lm) if on_gpu and not config.exact else None
+        options: dict[str, Any] = {"fused": self._fused, "lean": self._lean, "exact": config.exact}
+        check_model(model, layout, self._backend, kv_dtype=self._kv_dtype, **options)
         self._compiled: CompiledLayers | None = None
-        if config.compile == "layers" or (config.compile is None and on_gpu):
+        if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
 
         activations = 0
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
-            activations = measure_activations(
-                model, layout, self._backend, self.max_num_batched_tokens, self.max_num_seqs
-            )
+            rows = self.max_num_batched_tokens, self.max_num_seqs
+            activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
         self.num_pages = choose_num_pages(
             config,
             layout.layers,
@@ -122,8 +132,8 @@ class ModelExecutor(Executor):
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
         self._sharing = self._new_planner()
-        self._sampler = Sampler(layout.vocab_size, device)
-        self._device_sampler = DeviceSampler(self.max_num_seqs, device) if on_gpu else None
+        self._sampler = Sampler(layout.vocab_size, device, exact=config.exact)
+        self._device_sampler = DeviceSampler(self.max_num_seqs, device, exact=config.exact) if on_gpu else None
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
@@ -169,6 +179,7 @@ class ModelExecutor(Executor):
                 fused=self._fused,
                 lean=self._lean,
                 compiled=self._compiled,
+                exact=self._config.exact,
             )
             self._make_graphs()
             self.storage = storage
@@ -178,7 +189,8 @@ class ModelExecutor(Executor):
         if not self._captures:
             return
         backend: Any = self._backend
-        self._graphs = DecodeGraphs(self._runner, backend, self.max_num_seqs, self._max_pages, self.page_size)
+        shape = self.max_num_seqs, self._max_pages, self.page_size
+        self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
         if hasattr(backend, "capture_mixed"):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
@@ -317,7 +329,12 @@ class ModelExecutor(Executor):
             return lambda: None
         upload = self._runner.upload
         where, chosen = upload(np.array(rows, dtype=np.int64)), upload(np.array(tokens, dtype=np.int64))
-        found = chosen_logprobs(logits, where, chosen, upload(np.array(temperature, dtype=np.float32)))
+        if self._config.exact:
+            from hf_paged.kernels.triton.exact_logprobs import exact_logprobs
+
+            found = exact_logprobs(logits[where], chosen, upload((1.0 / np.array(temperature)).astype(np.float32)))
+        else:
+            found = chosen_logprobs(logits, where, chosen, upload(np.array(temperature, dtype=np.float32)))
         return split_when_landed(found, counts)
 
     def _prompt_logprobs(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> list[list[TokenLogprobs]] | None:

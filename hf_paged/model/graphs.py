@@ -25,7 +25,15 @@ from hf_paged.engine.request import Sequence
 from hf_paged.kernels.shared_ranges import ITEM_FIELDS, SharedRanges
 from hf_paged.model.buffers import PackedBuffer
 from hf_paged.model.runner import ModelRunner, first_line
-from hf_paged.sampling.device import Landing, fill_parameters, parameter_fields, record, result_fields, sampling_rows
+from hf_paged.sampling.device import (
+    Landing,
+    fill_parameters,
+    parameter_fields,
+    record,
+    result_fields,
+    sampling_rows,
+    token_sampler,
+)
 from hf_paged.sampling.fused import SlotParams
 
 logger = logging.getLogger(__name__)
@@ -106,6 +114,7 @@ class DecodeGraphs:
         max_num_seqs, max_pages: the block table's shape.
         page_size: tokens per page.
         recorder: makes the graphs.
+        exact: as in `token_sampler`.
     """
 
     def __init__(
@@ -116,11 +125,13 @@ class DecodeGraphs:
         max_pages: int,
         page_size: int,
         recorder: Recorder | None = None,
+        exact: bool = False,
     ) -> None:
         from hf_paged.kernels.triton.prepare import prepare_decode, write_block_table
-        from hf_paged.kernels.triton.sampling import sample_tokens
 
-        self._prepare, self._sample, self._write_table = prepare_decode, sample_tokens, write_block_table
+        self._prepare, self._write_table = prepare_decode, write_block_table
+        self.sample = token_sampler(exact)
+        """What draws the tokens of a step; steps with prefill draw theirs with it too."""
         self._runner, self._backend, self.page_size = runner, backend, page_size
         self._device = device = runner.layout.device
         self.sizes = [size for size in SIZES if size < max_num_seqs] + [min(max_num_seqs, SIZES[-1])]
@@ -360,7 +371,7 @@ class DecodeGraphs:
             page_indices=self._page_indices,
         )
         logits = self._runner.compute(self._input_ids[:size], self._positions[:size], attention.run)
-        self._sample(
+        self.sample(
             logits,
             sampling_rows(device, size),
             **{name: result[:size] for name, result in results.items()},

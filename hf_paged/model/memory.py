@@ -15,7 +15,13 @@ SAMPLER_COPIES = 2
 
 
 def measure_activations(
-    model: nn.Module, layout: ModelLayout, backend: AttentionBackend, num_tokens: int, num_rows: int
+    model: nn.Module,
+    layout: ModelLayout,
+    backend: AttentionBackend,
+    num_tokens: int,
+    num_rows: int,
+    *,
+    exact: bool = False,
 ) -> int:
     """Bytes of GPU memory that the largest step takes at its peak: it is computed once, attending to nothing.
 
@@ -25,7 +31,7 @@ def measure_activations(
     """
     device = layout.device
     storage = KVStorage(layout.layers, 1, 1, dtype=layout.kv_dtype, device=device, layout=backend.layout)
-    runner = ModelRunner(model, layout, backend, storage)
+    runner = ModelRunner(model, layout, backend, storage, exact=exact)
 
     def attend(
         layer: LayerSpec,

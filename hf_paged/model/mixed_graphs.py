@@ -171,8 +171,6 @@ class MixedGraphs:
         return Captured(replay, attention)
 
     def _step(self, kind: Kind, attention: CapturedMixed) -> None:
-        from hf_paged.kernels.triton.sampling import sample_tokens
-
         size, room = kind
         device, results = self._inputs.device, self._decode.outputs.device
         ids = self._input_ids[:size]
@@ -181,4 +179,5 @@ class MixedGraphs:
         # A token of -1 is one that could not be sampled; its sequence ends when that is seen.
         known.copy_(torch.where(sources < 0, known, results["tokens"][sources.clamp(min=0)].clamp(min=0)))
         logits = self._runner.compute(ids, device["positions"][:size], attention.run, device["sample_rows"][:room])
-        sample_tokens(logits, sampling_rows(device, room), **{name: result[:room] for name, result in results.items()})
+        rows = sampling_rows(device, room)
+        self._decode.sample(logits, rows, **{name: result[:room] for name, result in results.items()})

@@ -16,6 +16,7 @@ from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
 from hf_paged.model.compile import CompiledLayers
 from hf_paged.model.cpu import fast_linear
+from hf_paged.model.exact import exact_arithmetic
 from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, forward
@@ -90,6 +91,7 @@ class ModelRunner:
         fused: linear layers to compute together.
         lean: the other linear layers' way for few rows.
         compiled: layers to run compiled. Should compiling fail they run as they are, with a logged reason.
+        exact: compute within `exact_arithmetic`; then the three above must be None.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ModelRunner:
         fused: FusedLinears | None = None,
         lean: LeanLinears | None = None,
         compiled: CompiledLayers | None = None,
+        exact: bool = False,
     ) -> None:
         self.lm = causal_lm(model)
         self.layout = layout
@@ -109,6 +112,7 @@ class ModelRunner:
         self.fused = fused
         self.lean = lean
         self.compiled = compiled
+        self._exact = exact
         self._step = _Step()
         self._configs = interface.attention_configs(self.lm)
         self._layers = [
@@ -180,7 +184,9 @@ class ModelRunner:
                 stack.enter_context(evaluation_mode(self.lm))
                 stack.enter_context(_autocast_without_cache(self.layout.device))
                 stack.enter_context(interface.use_paged_attention(self._configs))
-                if self.compiled is None:  # a compiler does not look through it
+                if self._exact:
+                    stack.enter_context(exact_arithmetic())
+                elif self.compiled is None:  # a compiler does not look through it
                     stack.enter_context(fast_linear(self.layout.device))
                 if self.fused is not None:
                     stack.enter_context(self.fused.installed())

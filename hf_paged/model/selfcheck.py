@@ -40,6 +40,7 @@ def check_model(
     fused: FusedLinears | None = None,
     lean: LeanLinears | None = None,
     kv_dtype: torch.dtype | None = None,
+    exact: bool = False,
 ) -> None:
     """Eight tokens in chunks, over pages of 4 tokens, against one stock forward of all of them.
 
@@ -57,7 +58,7 @@ def check_model(
         device=layout.device,
         layout=backend.layout,
     )
-    runner = ModelRunner(model, layout, backend, storage, fused=fused, lean=lean)
+    runner = ModelRunner(model, layout, backend, storage, fused=fused, lean=lean, exact=exact)
     ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
     with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()

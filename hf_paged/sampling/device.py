@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,29 @@ _PARAMETERS = {
     "logprob_scale": torch.float32,
 }
 _RESULTS = {"tokens": torch.int64, "logprobs": torch.float32, "ranks": torch.int32}
+
+
+class TokenSampler(Protocol):
+    """`sample_tokens`, or what does the same."""
+
+    def __call__(
+        self, logits: Tensor, rows: SamplingRows, *, tokens: Tensor, logprobs: Tensor, ranks: Tensor
+    ) -> None: ...
+
+
+def token_sampler(exact: bool) -> TokenSampler:
+    """What draws tokens on a GPU.
+
+    Args:
+        exact: with log-probabilities in a trainer's arithmetic (`exact_logprobs`).
+    """
+    if exact:
+        from hf_paged.kernels.triton.exact_logprobs import sample_tokens_exactly
+
+        return sample_tokens_exactly
+    from hf_paged.kernels.triton.sampling import sample_tokens
+
+    return sample_tokens
 
 
 def parameter_fields(rows: int) -> dict[str, tuple[torch.dtype, int]]:
@@ -90,10 +114,12 @@ class DeviceSampler:
 
     Args:
         max_num_seqs: sequences that run at once.
+        exact: as in `token_sampler`.
     """
 
-    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, max_num_seqs: int, device: torch.device, *, exact: bool = False) -> None:
         self._device = device
+        self._exact = exact
         self.params = SlotParams(max_num_seqs)
         self._make_buffers(max_num_seqs)
 
@@ -107,8 +133,6 @@ class DeviceSampler:
 
         The results are overwritten two calls later.
         """
-        from hf_paged.kernels.triton.sampling import sample_tokens
-
         count = len(sequences)
         if count > self._rows:  # samples of one prompt that wait for a slot may be many
             torch.cuda.current_stream(self._device).synchronize()
@@ -116,7 +140,7 @@ class DeviceSampler:
         fill_parameters(self._inputs.next(), sequences, self.params)
         self._inputs.upload()
         results = {name: array[:count] for name, array in self._outputs.device.items()}
-        sample_tokens(logits, sampling_rows(self._inputs.device, count), **results)
+        token_sampler(self._exact)(logits, sampling_rows(self._inputs.device, count), **results)
         # Taken before the buffers' next use: the step after this one reads its tokens from here.
         tokens = results["tokens"].clone()
         host = self._outputs.next()

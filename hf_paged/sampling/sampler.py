@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,10 +40,13 @@ class Sampler:
 
     Args:
         vocab_size: V.
+        exact: report log-probabilities in a trainer's arithmetic (`exact_logprobs`), unless they are of processed
+            scores, which no trainer has.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, *, exact: bool = False) -> None:
         self.device = device
+        self._exact = exact
         self._penalties = processors.PenaltyState(vocab_size, device)
 
     @torch.no_grad()
@@ -68,7 +71,8 @@ class Sampler:
         if simple:
             return Sampled(tokens, [None] * len(tokens), errors)
         self._keep_for_hooks(raw, scores, sequences)
-        return Sampled(tokens, self._report(raw, scores, tokens, sequences), errors)
+        report = self._report(raw, scores, tokens, sequences)
+        return Sampled(tokens, self._report_exactly(logits, report, sequences) if self._exact else report, errors)
 
     # ---- before the draw -----------------------------------------------------------------------------------
 
@@ -219,6 +223,28 @@ class Sampler:
             for row, entry in zip(wanted, found, strict=True):
                 report[row] = entry
         return report
+
+    def _report_exactly(
+        self, logits: Tensor, report: list[TokenLogprobs | None], sequences: list[Sequence]
+    ) -> list[TokenLogprobs | None]:
+        """The report with the tokens' own log-probabilities out of logits `[R, V]` as the model computed them."""
+        from hf_paged.kernels.triton.exact_logprobs import exact_logprobs
+
+        wanted = {
+            row: entry
+            for row, (entry, sequence) in enumerate(zip(report, sequences, strict=True))
+            if entry is not None and not sequence.request.shows_processed
+        }
+        scales = [1.0 / sequences[row].request.logprob_temperature for row in wanted]
+        values = exact_logprobs(
+            logits[torch.tensor(list(wanted), dtype=torch.int64, device=self.device)],
+            torch.tensor([entry.token_ids[0] for entry in wanted.values()], dtype=torch.int64, device=self.device),
+            torch.tensor(scales, dtype=torch.float32, device=self.device),
+        ).tolist()
+        exact = list(report)
+        for (row, entry), value in zip(wanted.items(), values, strict=True):
+            exact[row] = replace(entry, logprobs=[value, *entry.logprobs[1:]])
+        return exact
 
 
 def _positions(sequences: list[Sequence]) -> np.ndarray:

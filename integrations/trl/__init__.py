@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_paged.config import EngineConfig
+from hf_paged.integrations.trl.exact import check_exact, exact_forwards
 from hf_paged.integrations.trl.generation import TrainerGeneration
 from hf_paged.integrations.trl.support import check_trainer, engine_config, refuse_vllm, warn_about_dropout
 from hf_paged.model.introspect import causal_lm
@@ -53,7 +54,9 @@ def attach(
             rollouts, brought up to date before each. They compute the same bits as casting anew in every step, which
             a decode step takes four times as long for. None: on a GPU.
         engine_options: fields of `EngineConfig` to change. Some have other defaults than elsewhere: memory is left for
-            gradients and optimizer states, and parameters stay where a sharding optimizer expects them.
+            gradients and optimizer states, and parameters stay where a sharding optimizer expects them. With
+            `exact=True` the trainer's own forwards (the reference model's too) and the engine compute the same bits, so
+            that the log-probabilities which TRL compares do not differ at all; see docs/grpo.md for what it costs.
 
     Returns:
         the trainer. Attaching again replaces the engine.
@@ -64,10 +67,15 @@ def attach(
             unchanged.
     """
     check_trainer(trainer)
-    generation = TrainerGeneration(trainer, _state(trainer, config, engine_options), sleep=sleep, shadow=shadow)
+    state = _state(trainer, config, engine_options)
+    if state.config.exact:
+        check_exact(trainer)
+    generation = TrainerGeneration(trainer, state, sleep=sleep, shadow=shadow)
     generation.sampling_params(prompt_tokens=1, n=1)  # raises now what every rollout would
     detach(trainer)
     warn_about_dropout(trainer)
+    if state.config.exact:
+        generation.exact = exact_forwards(trainer)
     generation.replaced = {name: trainer.__dict__[name] for name in _INJECTED if name in trainer.__dict__}
     # "colocate" is the mode in which TRL asks the generation, and not a server, how long a sequence may be.
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "colocate", -1

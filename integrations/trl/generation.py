@@ -17,6 +17,7 @@ from hf_paged.integrations.trl.gather import gathered
 from hf_paged.integrations.trl.sampling import sampling_params
 from hf_paged.integrations.trl.shadow import Shadow
 from hf_paged.integrations.trl.support import autocast_dtype, is_sharded
+from hf_paged.model.exact_forward import ExactForward
 from hf_paged.model.introspect import causal_lm
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.state import PagedState
@@ -41,6 +42,8 @@ class TrainerGeneration:
     ) -> None:
         self.replaced: dict[str, Any] = {}
         """The trainer's attributes that `attach` replaced, for `detach`."""
+        self.exact: list[ExactForward] = []
+        """Forwards that were made exact, until `close`."""
         self._trainer = trainer
         self._state = state
         on_gpu = trainer.accelerator.device.type == "cuda"
@@ -106,7 +109,10 @@ class TrainerGeneration:
         return sampling_params(self._trainer, causal_lm(self._trainer.model), prompt_tokens=prompt_tokens, n=n)
 
     def close(self) -> None:
-        """Gives the engine's memory back."""
+        """Gives the engine's memory back, and the trainer its own forwards."""
+        for forward in self.exact:
+            forward.remove()
+        self.exact = []
         self._state.drop_engine()
 
     # ---- one rollout ---------------------------------------------------------------------------------------

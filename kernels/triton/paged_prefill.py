@@ -32,7 +32,7 @@ def _prefill(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LOG2: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr, LOG2: tl.constexpr,
 ):  # fmt: skip
     # KV heads fastest: neighbours in time read neighbours in memory.
     kv_head = tl.program_id(0) % KV_HEADS
@@ -62,6 +62,8 @@ def _prefill(
     if HAS_WINDOW:
         begin = tl.maximum(position - window + 1, 0)
         edge = begin // BLOCK_N  # blocks are masked from here on: all of them
+    elif UNIFORM:
+        edge = 0
     else:
         edge = (position + 1) // BLOCK_N  # the blocks before lie wholly below the diagonal
         acc, total, peak = attend_blocks(
@@ -165,6 +167,7 @@ def paged_prefill(
     sinks: Tensor | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    uniform: bool = False,
     config: PrefillConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -178,6 +181,8 @@ def paged_prefill(
         tiles: int32 `[N, 4]`, contiguous: `make_tiles`' on the device.
         rows: what `make_tiles` was called with.
         scaling, window, softcap, sinks, key_scale, value_scale: as in `paged_decode`.
+        uniform: a row's result is the same bits whichever rows share its tile. All blocks are masked then: where a
+            loop without masks is compiled apart, products and sums are fused otherwise, and round otherwise.
         config: by default `prefill_config`'s.
         out: where to write, `[T, H, Dv]` with a last stride of 1; by default a new tensor.
 
@@ -205,7 +210,7 @@ def paged_prefill(
             GROUP=group, KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, PAGE_SIZE=page_size,
             PARTS=parts, ROWS=part_rows, BLOCK_M=max(16, triton.next_power_of_2(part_rows * group)),
             BLOCK_N=config.block_n, BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim),
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, LOG2=LOG2E,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, UNIFORM=uniform,
+            LOG2=LOG2E, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
