@@ -54,8 +54,10 @@ def make(tmp_path: Path) -> Callable[..., Any]:
     "options",
     [
         {},
-        {"temperature": 0.7, "top_k": 20, "beta": 0.1, "gradient_checkpointing": False},
-        {"peft": LORA, "temperature": 1.3, "repetition_penalty": 1.2},
+        pytest.param(
+            {"temperature": 0.7, "top_k": 20, "beta": 0.1, "gradient_checkpointing": False}, marks=pytest.mark.slow
+        ),
+        pytest.param({"peft": LORA, "temperature": 1.3, "repetition_penalty": 1.2}, marks=pytest.mark.slow),
     ],
     ids=["plain", "temperature-reference", "lora-penalty"],
 )

@@ -68,8 +68,8 @@ def reported(outputs: list[Any]) -> tuple[list[tuple[list[int], list[int]]], lis
         ("Llama", {"page_size": 4, "num_pages": 10, "max_num_seqs": 6}),
         ("Llama", {"page_size": 16, "max_num_batched_tokens": 7, "max_num_seqs": 5}),
         ("Qwen3", {"page_size": 8}),
-        ("Qwen2", {}),
-        ("Olmo2", {}),
+        pytest.param("Qwen2", {}, marks=pytest.mark.slow),
+        pytest.param("Olmo2", {}, marks=pytest.mark.slow),
     ],
     ids=["Llama", "preemption", "chunks", "Qwen3", "Qwen2", "Olmo2"],
 )
@@ -100,7 +100,7 @@ def test_scores_and_penalties_are_exact_too() -> None:
     assert [list(map(float, score)) for score in scores] == values
 
 
-@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("lookahead", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> None:
     """Decodes alone, and prefill beside decodes, from the device's buffers."""
     for module in (graphs, mixed_graphs, device):
