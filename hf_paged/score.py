@@ -35,7 +35,7 @@ def score(
             raise output.error
         if output.outputs[0].finish_reason == "abort":
             raise RuntimeError("scoring was aborted from elsewhere: call score() again")
-    return [torch.tensor(request.scores if request else [], dtype=torch.float32) for request in requests]
+    return [torch.tensor(request.scores if request else [], dtype=torch.float32, device="cpu") for request in requests]
 
 
 def make_requests(

@@ -64,11 +64,13 @@ def unwrap(model: Model) -> Model:
     lm = causal_lm(model)
     for part in {id(lm): lm, id(model): model}.values():
         state = part.__dict__.pop("_hf_paged", None)
-        if state is not None:
-            state.drop_engine()
-        original = getattr(type(part), "_hf_paged_original", None)
-        if original is not None:
-            part.__class__ = original
+        try:
+            if state is not None:
+                state.drop_engine()
+        finally:
+            original = getattr(type(part), "_hf_paged_original", None)
+            if original is not None:
+                part.__class__ = original
     return model
 
 

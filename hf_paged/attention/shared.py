@@ -9,11 +9,15 @@ traffic says whether that pays. numpy only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hf_paged.engine.request import Sequence
 from hf_paged.kernels.shared_ranges import ALIGNMENT
+
+if TYPE_CHECKING:
+    from hf_paged.attention.backend import LayerSpec
 
 TILE_LINES, MAX_TILE_ROWS = 64, 16
 """An item has up to 64 query heads per KV head, in at most 16 rows."""
@@ -30,6 +34,15 @@ WORTH_TOKENS = 32
 """Tokens that must be saved for each row of an item."""
 GAIN = 0.97
 """Sharing must be estimated to take this much of the plain time, or less."""
+
+
+MAX_DIM = 256
+"""Larger heads, with the queries of a whole group beside them, do not fit the shared memory of every GPU."""
+
+
+def can_share(layer: LayerSpec) -> bool:
+    """Whether a layer can read what rows share once for all of them: not if it only looks back so far."""
+    return layer.window is None and max(layer.key_dim, layer.value_dim) <= MAX_DIM
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout, MixedBuffers
-from hf_paged.attention.shared import SharedPlan
+from hf_paged.attention.shared import SharedPlan, can_share
 from hf_paged.kernels.shared_ranges import SharedRanges
 from hf_paged.kernels.triton.append import append_kv
 from hf_paged.kernels.triton.paged_decode import paged_decode
@@ -104,7 +104,7 @@ class TritonBackend:
             paged_decode(
                 query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count],
                 new_key=key[:count], new_value=value[:count], write_rows=plan.decode_rows,
-                shared=plan.shared if layer.window is None else None,
+                shared=plan.shared if can_share(layer) else None,
             )  # fmt: skip
         if plan.tiles:
             rows = tile_rows(layer)
@@ -142,7 +142,7 @@ class TritonCapturedDecode:
         return paged_decode(
             query, key_pool, value_pool, *tables, **options,
             new_key=key, new_value=value, write_rows=buffers.write_rows,
-            shared=buffers.shared if layer.window is None else None,
+            shared=buffers.shared if can_share(layer) else None,
         )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ class TritonCapturedMixed:
         count, rows = len(buffers.slots), tile_rows(layer)
         paged_decode(
             query[:count], *pools, buffers.block_table, buffers.slots, buffers.lengths, **options, out=out[:count],
-            shared=buffers.shared if layer.window is None else None,
+            shared=buffers.shared if can_share(layer) else None,
         )  # fmt: skip
         tiles = self._tiles.device[str(rows)].view(-1, 4)
         return paged_prefill(query, *pools, buffers.block_table, tiles, rows=rows, **options, out=out)

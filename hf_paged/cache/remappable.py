@@ -84,12 +84,14 @@ class RemappableMemory:
         Raises:
             torch.OutOfMemoryError: so much is not free; then none is taken.
         """
-        if self._handles:
+        mapped = {address for _, address, _ in self._handles}
+        missing = [b for b in range(0, self.num_bytes, CHUNK_BYTES) if self._address + b not in mapped]
+        if not missing:
             return
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()  # what torch keeps for itself would be missing here
             try:
-                for begin in range(0, self.num_bytes, CHUNK_BYTES):
+                for begin in missing:
                     self._map_chunk(self._address + begin, min(CHUNK_BYTES, self.num_bytes - begin))
             except BaseException:
                 self.unmap()
@@ -101,8 +103,9 @@ class RemappableMemory:
             torch.cuda.synchronize()
             while self._handles:
                 handle, address, size = self._handles[-1]
-                _call("cuMemUnmap", ctypes.c_uint64(address), ctypes.c_size_t(size))
-                _call("cuMemRelease", ctypes.c_uint64(handle))
+                with suppress(RemappingError):  # an interrupt may have come between the two, the last time
+                    _call("cuMemUnmap", ctypes.c_uint64(address), ctypes.c_size_t(size))
+                    _call("cuMemRelease", ctypes.c_uint64(handle))
                 self._handles.pop()
 
     def tensor(self, begin: int, num_bytes: int) -> Tensor:

@@ -230,6 +230,8 @@ class Engine(StepLoop):
         self._read_inbox()
         if self.gate.closed:
             return
+        if self._unseen and self._requests:
+            self._look_over()
         if self._flight is None:
             self._flight = self._launch()
         if self._flight is None:

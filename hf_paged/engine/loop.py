@@ -55,6 +55,8 @@ class StepLoop:
         self.gate = Gate()
         """Closed while the engine is paused."""
         self._saw_weights = False
+        self._unseen = False
+        """Whether the model must be looked over before the next step."""
         self._weight_version = 0
         self._announced = False
         """Whether a change of the weights was counted since they were last looked at."""
@@ -261,8 +263,7 @@ class StepLoop:
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
         if not self._requests:
             self.scheduler.unshrink()
-            if not self.gate.closed:
-                self._look_over()
+            self._unseen = True
         for request in requests:
             if request.request_id in self._requests:
                 continue
@@ -281,14 +282,15 @@ class StepLoop:
             self._drain()
 
     def _look_over(self) -> None:
-        """Before the first step after a time without any: the model may be another than it was."""
+        """Before the first step after a time without any: the model may be another than it was. Should this fail (there
+        is no memory to wake up with, say), whoever asked for the step is told, and the next one tries again."""
         if self.executor.prepare() and self._requests:
             self._start_over()
         changed = self.executor.weights_changed()
         self._noticed = changed and self._saw_weights and not self._announced
         if self._noticed:
             self._weights_changed()
-        self._saw_weights, self._announced = True, False
+        self._saw_weights, self._announced, self._unseen = True, False, False
 
     def _weights_told(self) -> None:
         if not self._noticed or self.executor.weights_changed():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_paged.attention.backend import AttentionBackend
 from hf_paged.attention.select import choose_backend, exact_backend
-from hf_paged.attention.shared import SharedPlan, SharedPlanner
+from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk
@@ -25,7 +25,7 @@ from hf_paged.engine.request import Request, Sequence
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.exact import why_inexact
 from hf_paged.model.fuse import FusedLinears, find_groups
-from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
+from hf_paged.model.graphs import CaptureFailed, CudaRecorder, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder, StepInputs
 from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
 from hf_paged.model.linear import LeanLinears
@@ -82,6 +82,7 @@ class ModelExecutor(Executor):
         """The pools have their addresses and no memory."""
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
+        self._recorder: CudaRecorder | None = None
         self._stream: torch.cuda.Stream | None = None
         """The stream of the last work: whatever comes next comes after it."""
         self._previous: Tensor | None = None
@@ -146,7 +147,7 @@ class ModelExecutor(Executor):
 
     def _new_planner(self) -> SharedPlanner | None:
         """Who plans what decodes read together, if the backend can and any layer would."""
-        layers = [layer for layer in self.layout.layers if layer.window is None]
+        layers = [layer for layer in self.layout.layers if can_share(layer)]
         if not self._backend.shares or not layers or self.layout.device.type != "cuda":
             return None
         layer = layers[0]
@@ -181,8 +182,8 @@ class ModelExecutor(Executor):
                 compiled=self._compiled,
                 exact=self._config.exact,
             )
-            self._make_graphs()
             self.storage = storage
+            self._make_graphs()
 
     def _make_graphs(self) -> None:
         self._graphs = self._mixed = None
@@ -190,7 +191,9 @@ class ModelExecutor(Executor):
             return
         backend: Any = self._backend
         shape = self.max_num_seqs, self._max_pages, self.page_size
-        self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
+        # Always the same: what cuBLAS keeps for the stream that graphs are captured on, it keeps for good.
+        self._recorder = self._recorder or CudaRecorder(self.layout.device)
+        self._graphs = DecodeGraphs(self._runner, backend, *shape, self._recorder, exact=self._config.exact)
         if hasattr(backend, "capture_mixed"):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
@@ -346,6 +349,7 @@ class ModelExecutor(Executor):
         ]
 
     def warm_up(self) -> None:
+        self.wake_up()
         if self._graphs is not None:
             with self._in_order():
                 kinds = (False, True) if self._sharing is not None else (False,)
@@ -394,8 +398,8 @@ class ModelExecutor(Executor):
     def sleep(self) -> None:
         if self.storage is None or self._asleep:
             return
-        self._asleep = self.storage.release()
-        if not self._asleep:
+        self._asleep = True  # whatever interrupts the release: waking makes it whole
+        if not self.storage.release():
             self._drop()
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()

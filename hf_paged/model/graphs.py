@@ -8,6 +8,7 @@ captures few. All graphs share one memory pool and one set of input and output b
 from __future__ import annotations
 
 import bisect
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -77,6 +78,16 @@ class CudaRecorder:
         current = torch.cuda.current_stream()
         current.synchronize()
         graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # it may find a pool that nobody has any more, and giving that back waits for the device
+        try:
+            self._capture(graph, work, current)
+        finally:
+            if collects:
+                gc.enable()
+        return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None], current: torch.cuda.Stream) -> None:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             # Other threads (a data loader, say) may use the device meanwhile.
@@ -89,7 +100,6 @@ class CudaRecorder:
                 raise
             self._end(graph)
         current.wait_stream(self._stream)
-        return graph.replay
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
@@ -164,6 +174,8 @@ class DecodeGraphs:
         self._shared = PackedBuffer(shared_fields, device)
         self._shared_plan: SharedPlan | None = None
         """The one that the device has."""
+        self._half_shared = False
+        """Whether an interrupt left it with neither."""
         self._captured: dict[tuple[int, bool], Captured[CapturedDecode]] = {}
         self._given_up: set[int] = set()
         self.recorder = recorder or CudaRecorder(device)
@@ -254,8 +266,9 @@ class DecodeGraphs:
             plan: None is nothing.
             slots: of the step's rows.
         """
-        if plan is self._shared_plan:
+        if plan is self._shared_plan and not self._half_shared:
             return
+        self._half_shared = True
         arrays = self._shared.next()
         count = 0
         if plan is not None:
@@ -268,7 +281,7 @@ class DecodeGraphs:
         arrays["num_items"][0] = 0 if plan is None else len(plan.items)
         arrays["lengths"][count:] = arrays["num_parts"][count:] = 0
         self._shared.upload()
-        self._shared_plan = plan
+        self._shared_plan, self._half_shared = plan, False
 
     def takes(self, plan: SharedPlan, rows: int) -> bool:
         """Whether what was captured for so many rows has room for a plan."""

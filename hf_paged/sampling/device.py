@@ -153,7 +153,7 @@ def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[li
     of so many."""
     landed = None
     if values.is_cuda:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         values = host.copy_(values, non_blocking=True)
         landed = record()
 

@@ -26,7 +26,8 @@ def chosen_logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: T
     found = [torch.empty(0, device=logits.device)]
     for row, token, heat in zip(rows.split(size), tokens.split(size), temperature.split(size), strict=True):
         scaled = logits[row].float().div_(heat[:, None])
-        found.append(scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1))
+        total = scaled.logsumexp(-1)
+        found.append(scaled.gather(1, token[:, None])[:, 0] - total.masked_fill(total.isposinf(), torch.nan))
     return torch.cat(found)
 
 

@@ -95,7 +95,7 @@ def overlap_options(query: Tensor) -> dict[str, bool]:
     """How decode is launched after `attend_shared`: on Hopper and later it may begin while that still runs
     (programmatic dependent launch), on multiprocessors that are done with their items: 0.152 ms instead of 0.158 for 16
     groups of 16 samples, 2,048 + 256 tokens."""
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (9, 0):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
 
@@ -110,17 +110,18 @@ class SharedConfig(NamedTuple):
 
 
 def shared_config(lines: int, key_dim: int, value_dim: int, element_bytes: int) -> SharedConfig:
-    """Blocks of at most 32 KiB and three stages, as in decode: it is the same memory that limits.
+    """Blocks of at most 32 KiB and three stages, as in decode: it is the same memory that limits. With heads of 256 there
+    is shared memory for two on the smaller GPUs (99 KiB), queries included, and in float32 for one.
 
     Args:
         lines: rows of the matrix.
         element_bytes: of the query's elements or the pools', whichever are larger.
     """
     if element_bytes == 4:  # float32 is multiplied without tensor cores, in loops that are unrolled
-        return SharedConfig(16, num_warps=8, num_stages=2)
+        return SharedConfig(16, num_warps=8, num_stages=2 if max(key_dim, value_dim) <= 128 else 1)
     num_warps = 4 if lines <= 64 else 8
     block_n = block_tokens(key_dim, value_dim, element_bytes, num_warps)
-    return SharedConfig(min(block_n, ALIGNMENT), num_warps, num_stages=3)
+    return SharedConfig(min(block_n, ALIGNMENT), num_warps, num_stages=3 if max(key_dim, value_dim) <= 128 else 2)
 
 
 def attend_shared(
