@@ -41,7 +41,8 @@ def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list
     """
     vocab = logits.shape[1]
     wanted = [vocab if count < 0 else min(count, vocab) for count in counts]
-    log_probs = torch.log_softmax(logits, -1)
+    # Not log_softmax: on a CPU it adds a row up in one running sum, which drops what is improbable enough.
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
     chosen = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((log_probs > chosen).sum(-1) + 1).tolist()
     values, ids = log_probs.topk(max(wanted), dim=-1)

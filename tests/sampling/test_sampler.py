@@ -613,6 +613,17 @@ def test_token_logprobs_of_ties() -> None:
         assert entry.logprobs[1] == entry.logprobs[2] == pytest.approx(float(torch.log_softmax(logits[0], -1)[0]))
 
 
+def test_token_logprobs_count_a_long_improbable_tail() -> None:
+    """Each of the tail's tokens is less than half a unit in the last place of the likeliest one's probability; together
+    they are 0.1 to 0.4 percent."""
+    for vocab in (49_152, 151_936):
+        logits = torch.full((1, vocab), -14.5)
+        logits[0, 5] = 3.0
+        (entry,) = token_logprobs(logits, [5], [2])
+        truth = torch.log_softmax(logits.double(), -1)[0, entry.token_ids].tolist()
+        assert entry.logprobs == pytest.approx(truth, rel=0, abs=4e-6)
+
+
 def test_logprobs_of_each_row_are_its_own() -> None:
     """Rows that ask for different counts, among rows that ask for none."""
     logits = random_logits(6)
