@@ -110,8 +110,8 @@ class SharedConfig(NamedTuple):
 
 
 def shared_config(lines: int, key_dim: int, value_dim: int, element_bytes: int) -> SharedConfig:
-    """Blocks of at most 32 KiB and three stages, as in decode: it is the same memory that limits. With heads of 256 there
-    is shared memory for two on the smaller GPUs (99 KiB), queries included, and in float32 for one.
+    """Blocks of at most 32 KiB and three stages, as in decode: it is the same memory that limits. With heads of 256
+    there is shared memory for two on the smaller GPUs (99 KiB), queries included, and in float32 for one.
 
     Args:
         lines: rows of the matrix.

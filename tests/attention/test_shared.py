@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_paged.attention.shared import SharedLimits, SharedPlanner, make_plan, shared_ranges
+from hf_paged.attention.backend import LayerSpec
+from hf_paged.attention.shared import SharedLimits, SharedPlanner, can_share, make_plan, shared_ranges
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.kernels.shared_ranges import ALIGNMENT
 from hf_paged.sampling_params import SamplingParams
@@ -133,6 +135,13 @@ def test_rollouts_share_and_strangers_do_not() -> None:
 def test_a_little_in_common_is_not_worth_a_kernel() -> None:
     groups = [group(128, 2, 1500, 2 * i) for i in range(16)]
     assert planner().plan([s for own in groups for s in own], block_table(groups, 128)) is None
+
+
+def test_which_layers_can_share() -> None:
+    layer = LayerSpec(0, num_heads=8, num_kv_heads=2, key_dim=128, value_dim=128, scaling=1.0)
+    assert can_share(layer) and can_share(replace(layer, key_dim=256, value_dim=256, softcap=30.0, sinks=True))
+    assert not can_share(replace(layer, window=512)), "it looks back to few tokens only"
+    assert not can_share(replace(layer, key_dim=576, value_dim=512)), "no room beside the queries on every GPU"
 
 
 def test_a_few_rows_are_spread_over_the_device() -> None:

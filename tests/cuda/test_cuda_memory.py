@@ -108,6 +108,23 @@ def test_sleep_around_a_training_step(expected: list[list[int]]) -> None:
     assert_idle(model)
 
 
+def test_warming_up_wakes(expected: list[list[int]]) -> None:
+    """A paused engine may sleep in the middle of requests; what is captured then needs its pages."""
+    model = wrap(make(), compile="off")
+    engine = model.engine
+    ids = [engine.add_request(prompt, greedy()) for prompt in PROMPTS]
+    for _ in range(3):
+        engine.step()
+    engine.pause()
+    engine.sleep()
+    engine.warm_up()
+    engine.resume()
+    last: dict[str, Any] = {}
+    while engine.has_unfinished():
+        last |= {output.request_id: output for output in engine.step()}
+    assert [last[i].outputs[0].token_ids for i in ids] == expected
+
+
 def test_sleep_refuses_while_requests_are_unfinished(expected: list[list[int]]) -> None:
     model = wrap(make(), compile="off")
     engine = model.engine
@@ -346,6 +363,7 @@ def test_generation_under_a_default_device(expected: list[list[int]]) -> None:
         assert answers(model.generate_many(PROMPTS, greedy())) == expected
         found = model.generate(**batch, do_sample=False, max_new_tokens=NEW)
         assert len(model.generate_many(PROMPTS[:1], SamplingParams(n=3, max_tokens=4))[0].outputs) == 3
+        assert [score.device.type for score in model.score(PROMPTS[:2], [[3, 4], [5]])] == ["cpu", "cpu"]
     assert found[:, batch["input_ids"].shape[1] :].tolist() == expected
     assert model.engine.stats.generation_tokens > 2 * NEW, "generate() went through the stock loop"
     assert_idle(model)

@@ -325,3 +325,11 @@ def test_paused_or_computed_again_in_the_middle(when: int, stock: Any, monkeypat
     expected = [reference(stock, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert_scores([torch.tensor(request.scores) for request in requests], expected)
     assert_landed(engine)
+
+
+def test_a_row_with_infinity_has_no_log_probabilities() -> None:
+    logits = torch.tensor([[0.0, torch.inf, 1.0], [0.0, 0.0, -torch.inf]])
+    rows, tokens = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 2])
+    found = chosen_logprobs(logits, rows, tokens, torch.ones(4))
+    assert found[:2].isnan().all()
+    assert found[2:].tolist() == [pytest.approx(-0.6931472), -torch.inf]

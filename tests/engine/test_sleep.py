@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lookahead import PROMPTS, assert_landed, drain, greedy, wrap
-from models.families import stock_greedy
+from models.families import make_model, stock_greedy
 
 import hf_paged
 
@@ -120,3 +120,33 @@ def test_waking_takes_no_time(sleeper: Any) -> None:
     begin = time.monotonic()
     sleeper.engine.wake_up()
     assert time.monotonic() - begin < 1.0
+
+
+def test_out_of_memory_while_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training has the memory: who asked is told, and everything else goes on, now and when there is memory again."""
+    model = hf_paged.wrap(make_model("Llama"), page_size=8, num_pages=64)
+    greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    expected = model.generate_many([[1, 2, 3]], greedy)[0].outputs[0].token_ids
+    engine, executor = model.engine, model.engine.executor
+    engine.sleep()
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "wake_up", full)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                model.generate_many([[1, 2, 3]], greedy)
+            assert not engine.has_unfinished()
+            engine.sleep()
+            engine.weights_updated()
+            engine.abort("nobody")
+    assert model.generate_many([[1, 2, 3]], greedy)[0].outputs[0].token_ids == expected
+    engine.sleep()
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "wake_up", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate_many([[1, 2, 3]], greedy)
+        hf_paged.unwrap(model)
+    assert type(model).__mro__[0].__module__.startswith("transformers") and "_hf_paged" not in model.__dict__
