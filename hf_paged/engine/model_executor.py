@@ -19,8 +19,10 @@ from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
-from hf_paged.engine.batch import Batch, Chunk
+from hf_paged.engine.batch import Batch
+from hf_paged.engine.defaults import default_num_seqs, token_budget
 from hf_paged.engine.executor import Executor, StepResult
+from hf_paged.engine.given_tokens import prompt_logprobs_of, scores_of
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.exact import why_inexact
@@ -34,18 +36,13 @@ from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
-from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
-from hf_paged.sampling.logprobs import TokenLogprobs, chosen_logprobs, token_logprobs
+from hf_paged.sampling.device import DeviceSampler, Landing
+from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
 
 logger = logging.getLogger(__name__)
 
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 32, 16
-NUM_SEQS, LARGE_NUM_SEQS = 256, 512
-"""Sequences at once; the larger on GPUs of 70 GiB and more."""
-TOKEN_BUDGET, LARGE_TOKEN_BUDGET = 2048, 16384
-"""Tokens per step; the larger on GPUs of 70 GiB and more. What a step of prefill costs the host is then well hidden
-behind the device's work, for small models too."""
 
 
 class ModelExecutor(Executor):
@@ -73,8 +70,8 @@ class ModelExecutor(Executor):
             )
         self.page_size = config.page_size or (GPU_PAGE_SIZE if on_gpu else CPU_PAGE_SIZE)
         tokens, sequences = config.max_num_batched_tokens, config.max_num_seqs
-        self.max_num_batched_tokens = tokens or max(_token_budget(device), sequences or 0)
-        self.max_num_seqs = sequences or min(_default_num_seqs(device), self.max_num_batched_tokens)
+        self.max_num_batched_tokens = tokens or max(token_budget(device), sequences or 0)
+        self.max_num_seqs = sequences or min(default_num_seqs(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = self._choose_backend()
         self.storage: KVStorage | None = None
@@ -301,7 +298,8 @@ class ModelExecutor(Executor):
     def _compute(self, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
         logits = self._runner.forward(inputs, self._previous)
         sequences = batch.sampled()
-        prompt_logprobs, scores = self._prompt_logprobs(batch, inputs, logits), self._scores(batch, inputs, logits)
+        prompt_logprobs = prompt_logprobs_of(batch, inputs, logits)
+        scores = scores_of(batch, inputs, logits, self._runner.upload, exact=self._config.exact)
         if inputs.sample_rows != list(range(len(logits))):
             logits = logits[self._runner.upload(np.array(inputs.sample_rows, dtype=np.int64))]
         if sequences and self._device_sampler is not None and _all_fused(sequences):
@@ -311,42 +309,6 @@ class ModelExecutor(Executor):
         sampled = self._sampler.sample(logits, sequences) if sequences else Sampled([], [])
         self._previous = torch.tensor(sampled.tokens, dtype=torch.int64, device=self.layout.device)
         return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores=scores())
-
-    def _scores(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> Callable[[], list[list[float]] | None]:
-        """Enqueues log-probabilities of scored tokens. What it returns waits for them, as in `StepResult`."""
-        rows: list[int] = []
-        tokens: list[int] = []
-        temperature: list[float] = []
-        counts = []
-        for chunk, (first, end) in zip(batch.chunks, inputs.prompt_rows, strict=True):
-            request, count = chunk.sequence.request, end - first
-            if request.scored is None or request.logits_from is None:
-                counts.append(0)
-                continue
-            place = max(chunk.start - request.logits_from, 0)
-            rows.extend(range(first, end))
-            tokens.extend(request.scored[place : place + count])
-            temperature.extend([request.logprob_temperature] * count)
-            counts.append(count)
-        if not rows:
-            return lambda: None
-        upload = self._runner.upload
-        where, chosen = upload(np.array(rows, dtype=np.int64)), upload(np.array(tokens, dtype=np.int64))
-        if self._config.exact:
-            from hf_paged.kernels.triton.exact_logprobs import exact_logprobs
-
-            found = exact_logprobs(logits[where], chosen, upload((1.0 / np.array(temperature)).astype(np.float32)))
-        else:
-            found = chosen_logprobs(logits, where, chosen, upload(np.array(temperature, dtype=np.float32)))
-        return split_when_landed(found, counts)
-
-    def _prompt_logprobs(self, batch: Batch, inputs: StepInputs, logits: Tensor) -> list[list[TokenLogprobs]] | None:
-        if all(chunk.sequence.request.sampling.prompt_logprobs is None for chunk in batch.chunks):
-            return None
-        return [
-            _prompt_logprobs(chunk, logits[first:end])
-            for chunk, (first, end) in zip(batch.chunks, inputs.prompt_rows, strict=True)
-        ]
 
     def warm_up(self) -> None:
         self.wake_up()
@@ -432,20 +394,6 @@ class ModelExecutor(Executor):
             self._fused = None
 
 
-def _token_budget(device: torch.device) -> int:
-    if device.type != "cuda":
-        return TOKEN_BUDGET
-    return LARGE_TOKEN_BUDGET if _is_large(device) else LARGE_TOKEN_BUDGET // 2
-
-
-def _default_num_seqs(device: torch.device) -> int:
-    return LARGE_NUM_SEQS if _is_large(device) else NUM_SEQS
-
-
-def _is_large(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 70 << 30
-
-
 def _all_fused(sequences: list[Sequence]) -> bool:
     return all(sequence.request.fused for sequence in sequences)
 
@@ -460,12 +408,3 @@ def _result(
     return StepResult(
         drawn.tokens, errors=drawn.errors, prompt_logprobs=prompt_logprobs, drawn=drawn.logprobs, scores=scores
     )
-
-
-def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> list[TokenLogprobs]:
-    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
-    following = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, sequence.num_prompt)]
-    if not len(logits) or not following or sampling.prompt_logprobs is None:
-        return []
-    counts = [sampling.prompt_logprobs] * len(following)
-    return token_logprobs(logits[: len(following)].float(), following, counts)
