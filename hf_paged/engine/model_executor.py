@@ -27,7 +27,7 @@ from hf_paged.engine.request import Request, Sequence
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.exact import why_inexact
 from hf_paged.model.fuse import FusedLinears, find_groups
-from hf_paged.model.graphs import CaptureFailed, CudaRecorder, DecodeGraphs
+from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder, StepInputs
 from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
 from hf_paged.model.linear import LeanLinears
@@ -79,7 +79,6 @@ class ModelExecutor(Executor):
         """The pools have their addresses and no memory."""
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
-        self._recorder: CudaRecorder | None = None
         self._stream: torch.cuda.Stream | None = None
         """The stream of the last work: whatever comes next comes after it."""
         self._previous: Tensor | None = None
@@ -183,14 +182,14 @@ class ModelExecutor(Executor):
             self._make_graphs()
 
     def _make_graphs(self) -> None:
-        self._graphs = self._mixed = None
+        if self._graphs is not None:
+            self._graphs = self._mixed = None
+            self._free_unused()
         if not self._captures:
             return
         backend: Any = self._backend
         shape = self.max_num_seqs, self._max_pages, self.page_size
-        # Always the same: what cuBLAS keeps for the stream that graphs are captured on, it keeps for good.
-        self._recorder = self._recorder or CudaRecorder(self.layout.device)
-        self._graphs = DecodeGraphs(self._runner, backend, *shape, self._recorder, exact=self._config.exact)
+        self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
         if hasattr(backend, "capture_mixed"):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
@@ -371,9 +370,13 @@ class ModelExecutor(Executor):
         self.storage = self._graphs = self._mixed = self._previous = None
         self._asleep = False
         self._runner.close()
+        self._free_unused()
+
+    def _free_unused(self) -> None:
+        """After graphs were dropped: cuBLAS keeps a workspace for every stream that one was captured on."""
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize(self.layout.device)
-            torch._C._cuda_clearCublasWorkspaces()  # it keeps one for every stream that a graph was captured on
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def wake_up(self) -> None:
