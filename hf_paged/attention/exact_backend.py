@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.backend import AttentionBatch, DecodeBuffers, LayerSpec, Layout, MixedBuffers
-from hf_paged.attention.triton_backend import layer_options, tile_rows, upload
+from hf_paged.attention.triton_backend import SpanTiles, layer_options, tile_rows, upload
 from hf_paged.kernels.triton.append import append_kv
 from hf_paged.kernels.triton.paged_prefill import make_tiles, paged_prefill
-from hf_paged.model.buffers import PackedBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +116,14 @@ class ExactCapturedMixed:
     def __init__(self, buffers: MixedBuffers, layers: list[LayerSpec], device: torch.device) -> None:
         self._buffers = buffers
         self._decodes = len(buffers.slots)
-        self._heights = sorted({tile_rows(layer) for layer in layers})
-        rows = len(buffers.write_rows)
-        room = {height: rows // height + buffers.max_spans for height in self._heights}
-        self._spans = PackedBuffer({str(height): (torch.int32, 4 * room[height]) for height in room}, device)
+        self._spans = SpanTiles(buffers, layers, device)
         self._tiles = {
-            height: torch.zeros(self._decodes + room[height], 4, dtype=torch.int32, device=device) for height in room
+            height: torch.zeros(self._decodes + room, 4, dtype=torch.int32, device=device)
+            for height, room in self._spans.room.items()
         }
 
     def plan(self, spans: list[tuple[int, int, int]], slots: list[int]) -> None:
-        arrays = self._spans.next()
-        for height in self._heights:
-            tiles = make_tiles(spans, height)
-            tiles[:, 3] = np.array(slots, dtype=np.int32)[tiles[:, 3]]
-            room = arrays[str(height)]
-            room[: tiles.size], room[tiles.size :] = tiles.ravel(), 0  # a tile of no rows does nothing
-        self._spans.upload()
+        self._spans.fill(spans, slots)
 
     def run(
         self,
@@ -148,7 +139,7 @@ class ExactCapturedMixed:
         if layer.index == 0:
             for height, tiles in self._tiles.items():
                 _fill_decode_tiles(tiles[: self._decodes], buffers.lengths, buffers.slots)
-                tiles[self._decodes :] = self._spans.device[str(height)].view(-1, 4)
+                tiles[self._decodes :] = self._spans.of(height)
         append_kv(key, value, key_pool, value_pool, buffers.write_rows)
         return attend_exactly(
             query, key_pool, value_pool, buffers.block_table, self._tiles[tile_rows(layer)],

@@ -146,23 +146,41 @@ class TritonCapturedDecode:
         )  # fmt: skip
 
 
+class SpanTiles:
+    """The tiles of a step's spans, at fixed addresses, with room for as many as a step may have."""
+
+    def __init__(self, buffers: MixedBuffers, layers: list[LayerSpec], device: torch.device) -> None:
+        rows = len(buffers.write_rows)
+        self.room = {height: rows // height + buffers.max_spans for height in sorted(set(map(tile_rows, layers)))}
+        """Tiles, by rows per tile."""
+        self._packed = PackedBuffer(
+            {str(height): (torch.int32, 4 * room) for height, room in self.room.items()}, device
+        )
+
+    def fill(self, spans: list[tuple[int, int, int]], slots: list[int]) -> None:
+        """Enqueues a step's; arguments as in `CapturedMixed.plan`."""
+        arrays = self._packed.next()
+        for height in self.room:
+            tiles = make_tiles(spans, height)
+            tiles[:, 3] = np.array(slots, dtype=np.int32)[tiles[:, 3]]
+            room = arrays[str(height)]
+            room[: tiles.size], room[tiles.size :] = tiles.ravel(), 0  # a tile of no rows does nothing
+        self._packed.upload()
+
+    def of(self, height: int) -> Tensor:
+        """int32 `[room, 4]` on the device."""
+        return self._packed.device[str(height)].view(-1, 4)
+
+
 class TritonCapturedMixed:
     """Attention of steps with prefill over one set of buffers."""
 
     def __init__(self, buffers: MixedBuffers, layers: list[LayerSpec], device: torch.device) -> None:
         self._buffers = buffers
-        self._heights = sorted({tile_rows(layer) for layer in layers})
-        room = {height: len(buffers.write_rows) // height + buffers.max_spans for height in self._heights}
-        self._tiles = PackedBuffer({str(height): (torch.int32, 4 * room[height]) for height in room}, device)
+        self._tiles = SpanTiles(buffers, layers, device)
 
     def plan(self, spans: list[tuple[int, int, int]], slots: list[int]) -> None:
-        arrays = self._tiles.next()
-        for height in self._heights:
-            tiles = make_tiles(spans, height)
-            tiles[:, 3] = np.array(slots, dtype=np.int32)[tiles[:, 3]]
-            room = arrays[str(height)]
-            room[: tiles.size], room[tiles.size :] = tiles.ravel(), 0  # a tile of no rows does nothing
-        self._tiles.upload()
+        self._tiles.fill(spans, slots)
 
     def run(
         self,
@@ -183,7 +201,7 @@ class TritonCapturedMixed:
             query[:count], *pools, buffers.block_table, buffers.slots, buffers.lengths, **options, out=out[:count],
             shared=buffers.shared if can_share(layer) else None,
         )  # fmt: skip
-        tiles = self._tiles.device[str(rows)].view(-1, 4)
+        tiles = self._tiles.of(rows)
         return paged_prefill(query, *pools, buffers.block_table, tiles, rows=rows, **options, out=out)
 
 
