@@ -26,8 +26,8 @@ ROOM = 2048
 
 FIRST_READ, AGAIN = 0.87, 0.37
 """What plain decode takes for a token that nobody has read before, and for one that a neighbour has just read and that
-is in the L2 therefore, in units of reading a token from memory at 3 TB/s. With FIXED_BYTES, fitted to measurements of 128
-rows and more (docs/benchmarks.md), within 10%; a few rows alone take longer than this says."""
+is in the L2 therefore, in units of reading a token from memory at 3 TB/s. With FIXED_BYTES, fitted to measurements of
+128 rows and more (docs/benchmarks.md), within 10%; a few rows alone take longer than this says."""
 FIXED_BYTES = 70e6
 """What could be read while a second kernel starts, ends, and hands over what it has found."""
 WORTH_TOKENS = 32
