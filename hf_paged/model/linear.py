@@ -36,10 +36,13 @@ torch.library.register_fake("hf_paged::linear", _shape_of_linear, lib=_library)
 
 
 def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` without gradients: `[..., in]` -> `[..., out]`."""
-    if input.is_cuda:
-        return torch.ops.hf_paged.linear(input, weight, bias)
-    return F.linear(input, weight, bias)
+    """`F.linear` without gradients: `[..., in]` -> `[..., out]`; under autocast in its dtype, like torch's own."""
+    if not input.is_cuda:
+        return F.linear(input, weight, bias)
+    if torch.is_autocast_enabled("cuda"):  # in a compiled layer, autocast does not see what is inside of an operator
+        dtype = torch.get_autocast_dtype("cuda")
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.ops.hf_paged.linear(input, weight, bias)
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -28,6 +28,7 @@ from models.families import VOCAB, make_prompts
 
 import hf_paged
 from hf_paged import SamplingParams
+from hf_paged.integrations.trl.shadow import Shadow
 
 pytestmark = needs_gpu
 
@@ -324,3 +325,28 @@ def test_fp8_pages_are_wiped(original: list[list[int]]) -> None:
     assert [output.error for output in outputs] == [None] * 4
     assert float(differences(model, outputs).mean()) < 0.2
     assert_idle(model)
+
+
+@pytest.mark.parametrize("compile", ["layers", "off"])
+def test_float32_weights_with_half_precision_copies_under_autocast(compile: str) -> None:
+    """As trainers generate: layers hand float32 activations to half-precision weights, and autocast is to cast them,
+    in steps of one row (a kernel of its own) and of many."""
+    model = make()
+    assert model.dtype == torch.float32
+    sampling = SamplingParams(seed=1, max_tokens=12, logprobs=0, ignore_eos=True)
+    shadow = Shadow(torch.bfloat16)
+    wrap(model, compile=compile)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        with torch.autocast("cuda", torch.bfloat16), shadow.cast(model):
+            outputs = model.generate_many(prompts, sampling)
+            assert captured(model)
+        with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+            for output in outputs:
+                ids, start = output.outputs[0].token_ids, len(output.prompt_token_ids)
+                row = torch.tensor([output.prompt_token_ids + ids], device=DEVICE)
+                logits = model(input_ids=row).logits[0, start - 1 : -1].float()
+                expected = logits.log_softmax(-1).gather(1, row[0, start:, None])[:, 0]
+                found = torch.tensor(output.outputs[0].token_logprobs, device=DEVICE)
+                assert float((found - expected).abs().mean()) < 0.06
+        assert_idle(model)
+    hf_paged.unwrap(model)
