@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters propose tokens, the target model's next step verifies them."""
