@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_paged.sampling_params import LOGPROBS_MODES
+from hf_paged.speculative.config import SpeculativeConfig, speculation_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
@@ -82,6 +84,14 @@ class EngineConfig:
     ("processed_logprobs"), or after temperature alone ("scaled_logprobs"). A request's own
     `SamplingParams.logprobs_mode` goes before."""
 
+    speculative_config: Mapping[str, Any] | None = None
+    """How tokens are drafted: `{"method": "ngram" | "suffix" | "draft_model", "num_speculative_tokens": 5, ...}`. None:
+    not at all."""
+    speculative_model: Any = None
+    """Older spelling: the draft model, loaded or by path, or "[ngram]"."""
+    num_speculative_tokens: int | None = None
+    """Older spelling: goes with `speculative_model`."""
+
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
@@ -96,6 +106,7 @@ class EngineConfig:
             )
         self._check_choices()
         self._check_exact()
+        speculation_of(self.speculative_config, self.speculative_model, self.num_speculative_tokens)
         if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, int | float):
             raise ValueError(f"gpu_memory_utilization must be a number, got {self.gpu_memory_utilization!r}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -120,6 +131,11 @@ class EngineConfig:
             value = getattr(self, name)
             if self.exact and value not in possible:
                 raise ValueError(f"exact=True cannot be had with {name}={value!r}: leave {name} out, or exact")
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """What the three options about drafting say."""
+        return speculation_of(self.speculative_config, self.speculative_model, self.num_speculative_tokens)
 
     def with_changes(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed.

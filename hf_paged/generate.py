@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.request import Hooks, Request
+from hf_paged.engine.request import Hooks, Request, Sequence
 from hf_paged.model.introspect import UnsupportedModelError, why_unpageable
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -280,16 +280,19 @@ class _Call:
         hooks = [request.hooks for request in self.requests if request.hooks is not None]
         return GenerateDecoderOnlyOutput(
             sequences=ids,  # type: ignore[arg-type]
-            scores=_by_step([h.scores for h in hooks], longest) if self.keep_scores else None,  # type: ignore[arg-type]
-            logits=_by_step([h.logits for h in hooks], longest) if self.keep_logits else None,  # type: ignore[arg-type]
+            scores=_by_step([h.scores for h in hooks], sequences) if self.keep_scores else None,  # type: ignore[arg-type]
+            logits=_by_step([h.logits for h in hooks], sequences) if self.keep_logits else None,  # type: ignore[arg-type]
         )
 
 
-def _by_step(rows: list[list[Tensor]], steps: int) -> tuple[Tensor, ...]:
+def _by_step(rows: list[list[Tensor]], sequences: list[Sequence]) -> tuple[Tensor, ...]:
     """Per-row lists of `[V]` as one `[B, V]` per step; zeros once a row has ended (what stock has there means
     nothing)."""
-    blank = torch.zeros_like(rows[0][0])
-    return tuple(torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(steps))
+    blank, ends = torch.zeros_like(rows[0][0]), [sequence.num_generated for sequence in sequences]
+    return tuple(
+        torch.stack([row[step] if step < end else blank for row, end in zip(rows, ends, strict=True)])
+        for step in range(max(ends))
+    )
 
 
 def _for_row(processor: Any, row: int) -> Any:

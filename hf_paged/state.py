@@ -17,6 +17,7 @@ from hf_paged.engine.intake import Intake
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.introspect import causal_lm
+from hf_paged.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +100,9 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         pool_tokens=num_pages * executor.page_size,
         eos_token_ids=functools.partial(_eos_token_ids, causal_lm(model), tokenizer),
         logprobs_mode=config.logprobs_mode,
+        speculation=config.speculation,
     )
-    return Engine(executor, scheduler, intake)
+    return Engine(executor, scheduler, intake, Speculator(executor.max_verify_rows))
 
 
 def find_tokenizer(name_or_path: str) -> Any:

@@ -14,6 +14,7 @@ from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.turn import Turn
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import SamplingParams
+from hf_paged.speculative.speculator import Speculator
 
 
 class Engine(StepLoop):
@@ -29,8 +30,10 @@ class Engine(StepLoop):
     the next step for everybody.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, intake: Intake) -> None:
-        super().__init__(executor, scheduler, intake)
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, intake: Intake, speculator: Speculator | None = None
+    ) -> None:
+        super().__init__(executor, scheduler, intake, speculator or Speculator())
         self._inbox: deque[Callable[[], None]] = deque()
         self._adding = threading.Lock()
         self._turn = Turn()
@@ -236,7 +239,7 @@ class Engine(StepLoop):
             self._flight = self._launch()
         if self._flight is None:
             return
-        following = None if self._held else self._launch()
+        following = None if self._waits_for_tokens() else self._launch()
         flight, self._flight = self._flight, following
         if flight is not None:
             self._land(flight)

@@ -12,6 +12,7 @@ import torch
 
 from hf_paged.engine.request import Hooks, Request
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+from hf_paged.speculative.config import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Intake:
         pool_tokens: what fits in the whole page pool.
         eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
         logprobs_mode: for requests that name none.
+        speculation: how tokens are drafted for requests that do not say.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Intake:
         pool_tokens: int,
         eos_token_ids: Callable[[], frozenset[int]],
         logprobs_mode: str = "raw_logprobs",
+        speculation: SpeculativeConfig | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -48,6 +51,7 @@ class Intake:
         self.pool_tokens = pool_tokens
         self.eos_token_ids = eos_token_ids
         self.logprobs_mode = logprobs_mode
+        self.speculation = speculation
         self._numbers = itertools.count()
         self._said_greedy = False
 
@@ -57,6 +61,7 @@ class Intake:
         sampling: SamplingParams,
         *,
         request_id: str | None = None,
+        speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
     ) -> Request:
         """A request for one prompt.
@@ -88,6 +93,7 @@ class Intake:
             stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
             bad_words=self._bad_words(sampling.bad_words or []),
             logprobs_mode=self.logprobs_mode,
+            speculation=speculation or self.speculation,
             hooks=hooks,
         )
 

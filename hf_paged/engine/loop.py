@@ -22,6 +22,7 @@ from hf_paged.engine.stats import EngineStats, StepRecord
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling.sampler import NonFiniteLogits
 from hf_paged.sampling_params import RequestOutputKind
+from hf_paged.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,18 @@ class _Flight:
     land: Callable[[], StepResult]
     start_s: float
     weight_version: int
+    speculates: bool
+    """Whether drafts were asked for."""
 
 
 class StepLoop:
     """Launches steps, lands them, and tells about the requests that they changed; see `Engine`."""
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, intake: Intake) -> None:
+    def __init__(self, executor: Executor, scheduler: Scheduler, intake: Intake, speculator: Speculator) -> None:
         self.executor = executor
         self.scheduler = scheduler
         self.intake = intake
+        self.speculator = speculator
         self.output_processor = OutputProcessor(intake.tokenizer)
         self.stats = EngineStats()
         self.observers: list[Callable[[StepRecord], None]] = []
@@ -70,12 +74,13 @@ class StepLoop:
     # ---- launch and landing --------------------------------------------------------------------------------------
 
     def _launch(self, retry: bool = False) -> _Flight | None:
-        start = time.monotonic()
-        batch = self.scheduler.schedule()
+        start, running = time.monotonic(), self.scheduler.running
+        speculates = self._flight is None and self.speculator.wants(len(running))
+        batch = self.scheduler.schedule(self.speculator.propose(running) if speculates else None)
         if not batch:
             return None
         try:
-            flight = _Flight(batch, self.executor.launch(batch), start, self._weight_version)
+            flight = _Flight(batch, self.executor.launch(batch), start, self._weight_version, speculates)
         except torch.OutOfMemoryError:
             if retry:
                 raise
@@ -84,6 +89,12 @@ class StepLoop:
             return flight
         self._shrink()
         return self._launch(retry=True)
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether nothing may be launched before the step in the air has landed."""
+        if self._held or (self._flight is not None and self._flight.batch.drafts):
+            return True
+        return self.speculator.wants(len(self.scheduler.running))
 
     def _drain(self) -> None:
         """Waits for a step whose results nobody wants."""
@@ -115,10 +126,16 @@ class StepLoop:
 
     def _land(self, flight: _Flight) -> None:
         result = flight.land()
-        start, self._landed_s = max(flight.start_s, self._landed_s), time.monotonic()
+        before, self._landed_s = self._landed_s, time.monotonic()
+        start = max(flight.start_s, before)
+        known = self.stats.generation_tokens
         touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
+        if not flight.batch.chunks and flight.batch.decodes:
+            num_seqs = len(flight.batch.decodes) - sum(map(len, flight.batch.drafts.values()))
+            tokens = self.stats.generation_tokens - known
+            self.speculator.pace.landed(num_seqs, flight.speculates, tokens, self._landed_s - before)
         self._report(touched)
         self._count(flight.batch, start)
 
@@ -156,10 +173,14 @@ class StepLoop:
             for chunk, scores in zip(batch.chunks, result.scores, strict=True):
                 if chunk.sequence.request.scored is not None and self._score(chunk, scores):
                     touched[chunk.sequence.request.request_id] = chunk.sequence.request
-        for place, sequence in enumerate(batch.sampled()):
-            request = sequence.request
+        if batch.drafts:
+            self._verify(batch, result.tokens)
+        for place, row in enumerate(batch.sampled()):
+            sequence, request = row.origin, row.request
             if sequence.finish_reason is not None:
                 continue
+            if row is not sequence and not _goes_on(sequence, row):
+                continue  # a token drafted before it was rejected
             touched[request.request_id] = request
             if place in result.errors:
                 self._fail(request, result.errors[place])
@@ -174,6 +195,19 @@ class StepLoop:
             self.stats.generation_tokens += 1
             self._end(sequence)
         return list(touched.values())
+
+    def _verify(self, batch: Batch, tokens: list[int]) -> None:
+        """Rejects drafted tokens from the first one on that is not what was sampled in its place. What is sampled is
+        thus what would have been without drafts, whatever these are: draws depend on a sequence's seed and on the
+        position, and the first token that differs ends it."""
+        for place, row in enumerate(batch.decodes):
+            draft = batch.drafts.get(row)
+            if draft:
+                accepted = 0
+                while accepted < len(draft) and tokens[place + accepted] == draft[accepted]:
+                    accepted += 1
+                self.scheduler.reject(row, len(draft) - accepted)
+                self.speculator.verified(row, len(draft), accepted)
 
     def _keep_logprobs(self, sequence: Sequence, result: StepResult, place: int) -> None:
         history = sequence.logprobs
@@ -227,6 +261,7 @@ class StepLoop:
                 (deliver or self._unclaimed.append)(output)
             if finished:
                 self._ids.discard(request.request_id)
+                self.speculator.end(request)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
         if self.gate.closed:
@@ -264,11 +299,13 @@ class StepLoop:
         if not self._requests:
             self.scheduler.unshrink()
             self._unseen = True
+            self._landed_s = time.monotonic()
         for request in requests:
             if request.request_id in self._requests:
                 continue
             if not self.executor.looks_ahead(request):
                 self._held.add(request.request_id)
+            self.speculator.begin(request)
             self._requests[request.request_id] = request, deliver
             self.scheduler.add(request)
 
@@ -308,6 +345,11 @@ class StepLoop:
 
     def _flush(self) -> None:
         self.scheduler.flush_prefix_cache()
+
+
+def _goes_on(sequence: Sequence, row: Sequence) -> bool:
+    """Whether a row that verifies a draft is what the sequence has become."""
+    return len(sequence.tokens) == row.num_tokens and sequence.tokens[-1] == row.last_token
 
 
 def _poisons(result: StepResult) -> bool:

@@ -20,7 +20,7 @@ from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch
-from hf_paged.engine.defaults import default_num_seqs, token_budget
+from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
 from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.given_tokens import prompt_logprobs_of, scores_of
 from hf_paged.engine.request import Request, Sequence
@@ -72,6 +72,7 @@ class ModelExecutor(Executor):
         tokens, sequences = config.max_num_batched_tokens, config.max_num_seqs
         self.max_num_batched_tokens = tokens or max(token_budget(device), sequences or 0)
         self.max_num_seqs = sequences or min(default_num_seqs(device), self.max_num_batched_tokens)
+        self.max_verify_rows = min(verify_rows(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = self._choose_backend()
         self.storage: KVStorage | None = None
@@ -188,7 +189,9 @@ class ModelExecutor(Executor):
         if not self._captures:
             return
         backend: Any = self._backend
-        shape = self.max_num_seqs, self._max_pages, self.page_size
+        # Drafts are asked for by requests too, not by the configuration alone.
+        rows = max(self.max_num_seqs, self.max_verify_rows)
+        shape = self.max_num_seqs, self._max_pages, self.page_size, rows
         self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
         if hasattr(backend, "capture_mixed"):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
@@ -221,7 +224,7 @@ class ModelExecutor(Executor):
             self.storage.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
         shared = None
-        if self._sharing is not None:
+        if self._sharing is not None and not batch.drafts:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
             fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and _all_fused(batch.decodes)

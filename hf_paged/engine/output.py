@@ -141,7 +141,7 @@ class OutputProcessor:
     def _criteria_met(self, sequence: Sequence) -> bool:
         hooks = sequence.request.hooks
         assert hooks is not None
-        scores = tuple(row[None] for row in hooks.scores)
+        scores = tuple(row[None] for row in hooks.scores[: sequence.num_generated])
         ids = torch.tensor([hooks.padding + sequence.tokens], device=scores[-1].device)
         return any(bool(torch.as_tensor(met(ids, scores)).all()) for met in hooks.stopping_criteria)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_paged.cache.prefix import Node
     from hf_paged.engine.output import SequenceText
     from hf_paged.sampling_params import SamplingParams
+    from hf_paged.speculative.config import SpeculativeConfig
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +54,20 @@ class Sequence:
     num_reported: int = 0
     """Generated tokens that a reader of deltas has been given."""
     end_reported: bool = False
+
+    @property
+    def origin(self) -> Sequence:
+        """The sequence itself; for rows that verify drafts, the one that these are for."""
+        return self
+
+    @property
+    def ahead(self) -> list[int]:
+        """The drafted ones among `tokens`."""
+        return []
+
+    @property
+    def last_token(self) -> int:
+        return self.tokens[-1]
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +140,7 @@ class Request:
         logprobs_mode: where `sampling` names none.
         scored: the tokens that come after each of the last `len(scored)` of `prompt_token_ids`; at least one. Then
             nothing is sampled, n is 1 and the request ends when their log-probabilities are known.
+        speculation: how tokens are drafted for it; None is not at all.
         hooks: only from `generate`; then n must be 1.
     """
 
@@ -141,6 +157,7 @@ class Request:
         bad_words: list[list[int]] | None = None,
         logprobs_mode: str = "raw_logprobs",
         scored: list[int] | None = None,
+        speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self.request_id = request_id
@@ -160,6 +177,7 @@ class Request:
         self.scored = scored
         self.scores: list[float] = []
         """Log-probabilities of `scored`, as far as they are known."""
+        self.speculation = speculation
         self.hooks = hooks
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0

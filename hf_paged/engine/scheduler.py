@@ -11,12 +11,12 @@ from __future__ import annotations
 import bisect
 import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 
 from hf_paged.cache.pages import PagePool
 from hf_paged.cache.prefix import Node, PrefixTree
-from hf_paged.engine.batch import Batch, Chunk, SchedulerStats
+from hf_paged.engine.batch import Batch, Chunk, DraftRow, SchedulerStats
 from hf_paged.engine.request import Request, Sequence
 
 _order, _num_computed = attrgetter("order"), attrgetter("num_computed")
@@ -171,8 +171,12 @@ class Scheduler:
 
     # ---- one step ------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch:
-        """The next step. An empty batch means that nothing is left to do."""
+    def schedule(self, drafts: Mapping[Sequence, list[int]] | None = None) -> Batch:
+        """The next step. An empty batch means that nothing is left to do.
+
+        Args:
+            drafts: tokens to verify, of decoding sequences; cut short where max_tokens, the budget or the pages end.
+        """
         batch = Batch()
         budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
         self._room_for_logits = self.max_prompt_logits
@@ -194,19 +198,28 @@ class Scheduler:
                     i += 1  # all of it is on its way, or the step has logits enough
                     continue
                 budget -= length - 1
+            draft = drafts.get(sequence) if drafts else None
+            if draft and length == 1 and (draft := self._fitting(draft, sequence, budget)):
+                batch.drafts[sequence] = draft
+                budget -= len(draft)
+                length += len(draft)
             end = start + length
             if end > len(sequence.pages) * page_size or sequence.may_share_tail:
                 if not self._make_room(sequence, end, batch):
                     preempted = True
                     if sequence.slot < 0:
+                        batch.drafts.pop(sequence, None)
                         break  # it was the last, and had to go itself
-            if length == 1 and end == total and sequence.request.forked and sequence.request.scored is None:
+            decodes_alone = length == 1 and end == total and sequence.request.forked
+            if draft or (decodes_alone and sequence.request.scored is None):
                 decodes.append(sequence)
             else:
                 batch.chunks.append(self._chunk(sequence, start, length))
             i += 1
         # Longest first: a device that hands out the rows in order is then done with all of them at about the same time.
         decodes.sort(key=_num_computed, reverse=True)
+        if batch.drafts:
+            batch.decodes = [row for sequence in decodes for row in _with_draft(sequence, batch.drafts.get(sequence))]
         if not preempted:
             self._admit(budget, batch)
         batch.page_writes, self._page_writes = self._page_writes, []
@@ -216,7 +229,8 @@ class Scheduler:
     def advance(self, batch: Batch) -> None:
         """The batch is on its way: sequences move on, pages full of known tokens are cached (whoever finds them is
         computed later), samples of a finished prompt fork."""
-        for sequence in batch.decodes:
+        for row in batch.decodes:
+            sequence = row.origin
             sequence.num_computed += 1
             sequence.num_pending += 1
         for chunk in batch.chunks:
@@ -229,6 +243,13 @@ class Scheduler:
             if len(chunk.samples) > 1:
                 self._fork(sequence)
 
+    def reject(self, sequence: Sequence, count: int) -> None:
+        """The last so many drafted tokens are not the sequence's: what was computed of them is nobody's, and what was
+        sampled after them is forgotten. Comes before the step's tokens are appended."""
+        sequence.num_pending -= count
+        if sequence.slot >= 0:
+            sequence.num_computed -= count
+
     def append(self, sequence: Sequence, token: int) -> None:
         """A sampled token has become known."""
         sequence.tokens.append(token)
@@ -237,6 +258,15 @@ class Scheduler:
             self._cache_full_pages(sequence)
 
     # ---- pages ---------------------------------------------------------------------------------------------
+
+    def _fitting(self, draft: list[int], sequence: Sequence, budget: int) -> list[int]:
+        """What of a draft can be verified: nobody is preempted for it."""
+        most = min(len(draft), budget, sequence.request.max_tokens - sequence.num_generated - 1)
+        known = len(sequence.tokens)
+        free = self.num_available_pages - 1  # one may go for a copy of the last page
+        while most > 0 and self.pages_for(known + most) - max(len(sequence.pages), self.pages_for(known)) > free:
+            most -= 1
+        return draft[: max(most, 0)]
 
     def _make_room(self, sequence: Sequence, end: int, batch: Batch) -> bool:
         """Gives a running sequence pages for tokens up to `end`, its own ones where it writes.
@@ -453,3 +483,8 @@ class Scheduler:
             self.pool.retain(first.pages)
             self._append_pages(sibling, first.pages)
             bisect.insort(self.running, sibling, key=_order)
+
+
+def _with_draft(sequence: Sequence, draft: list[int] | None) -> list[Sequence]:
+    """A decode row, and those that verify a draft after it."""
+    return [sequence, *(DraftRow(sequence, draft, count + 1) for count in range(len(draft)))] if draft else [sequence]

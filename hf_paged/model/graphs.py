@@ -122,6 +122,7 @@ class DecodeGraphs:
     Args:
         backend: whose attention is captured.
         max_num_seqs, max_pages: the block table's shape.
+        max_rows: the most of a step.
         page_size: tokens per page.
         recorder: makes the graphs.
         exact: as in `token_sampler`.
@@ -134,6 +135,7 @@ class DecodeGraphs:
         max_num_seqs: int,
         max_pages: int,
         page_size: int,
+        max_rows: int,
         recorder: Recorder | None = None,
         exact: bool = False,
     ) -> None:
@@ -144,7 +146,7 @@ class DecodeGraphs:
         """What draws the tokens of a step; steps with prefill draw theirs with it too."""
         self._runner, self._backend, self.page_size = runner, backend, page_size
         self._device = device = runner.layout.device
-        self.sizes = [size for size in SIZES if size < max_num_seqs] + [min(max_num_seqs, SIZES[-1])]
+        self.sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
         rows = self.sizes[-1]
         self.spare_slot = max_num_seqs
         """A row of the block table that nobody has: padding's, all page 0."""
@@ -317,7 +319,7 @@ class DecodeGraphs:
         slots, lengths, tokens = arrays["slots"], arrays["lengths"], arrays["token_ids"]
         slots[:count] = [sequence.slot for sequence in sequences]
         lengths[:count] = [sequence.num_computed + 1 for sequence in sequences]
-        tokens[:count] = [sequence.tokens[-1] for sequence in sequences]
+        tokens[:count] = [sequence.last_token for sequence in sequences]
         arrays["sources"][:count] = -1 if sources is None else sources
         arrays["sources"][count:size] = -2
         slots[count:size], lengths[count:size], tokens[count:size] = self.spare_slot, 1, 0

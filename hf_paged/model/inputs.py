@@ -74,7 +74,7 @@ class InputBuilder:
         size = self.page_size
         decodes, chunks = batch.decodes, batch.chunks
         count = len(decodes)
-        token_ids = [0 if sequence.num_pending else sequence.tokens[-1] for sequence in decodes]
+        token_ids = [0 if sequence.num_pending else sequence.last_token for sequence in decodes]
         starts = np.array([sequence.num_computed for sequence in decodes], dtype=np.int64)
         slots_of_decodes = np.array([sequence.slot for sequence in decodes], dtype=np.int64)
 

@@ -81,14 +81,18 @@ class SlotParams:
         slots = [sequence.slot for sequence in sequences]
         owners = self._owners
         records = self._records[slots]
-        new = [i for i, sequence in enumerate(sequences) if owners[slots[i]] is not sequence]
+        new = [
+            i
+            for i, sequence in enumerate(sequences)
+            if (owner := owners[slots[i]]) is not sequence and owner is not sequence.origin
+        ]
         if new:
             fresh = _records([sequences[i] for i in new])
             records[new] = fresh
             for i, record in zip(new, fresh, strict=True):
                 if slots[i] >= 0:
                     self._records[slots[i]] = record
-                    owners[slots[i]] = sequences[i]
+                    owners[slots[i]] = sequences[i].origin
         count = len(sequences)
         temperature[:count] = records["temperature"]
         top_k[:count] = records["top_k"]

@@ -31,7 +31,7 @@ class PenaltyState:
         slots, new_slots, new_tokens = [], [], []
         for sequence in sequences:
             # Samples that fork in this step have no slot yet and no token of their own: they look like the first.
-            holder = sequence if sequence.slot >= 0 else sequence.request.sequences[0]
+            holder = sequence.origin if sequence.slot >= 0 else sequence.request.sequences[0]
             slot = holder.slot
             slots.append(slot)
             owner, counted = self._owners.get(slot, (None, 0))
@@ -47,7 +47,13 @@ class PenaltyState:
             ones = torch.ones(len(new_tokens), dtype=torch.int32, device=self._device)
             self._counts.index_put_((where[0], where[1]), ones, accumulate=True)
         index = torch.tensor(slots, device=self._device)
-        return self._counts[index], self._in_prompt[index]
+        counts = self._counts[index]  # a copy
+        drafted = [(row, token) for row, sequence in enumerate(sequences) for token in sequence.ahead]
+        if drafted:
+            where = torch.tensor(drafted, device=self._device)
+            ones = torch.ones(len(drafted), dtype=torch.int32, device=self._device)
+            counts.index_put_((where[:, 0], where[:, 1]), ones, accumulate=True)
+        return counts, self._in_prompt[index]
 
     def _begin(self, slot: int, sequence: Sequence) -> None:
         if slot >= len(self._counts):

@@ -199,7 +199,8 @@ class Sampler:
             hooks = sequence.request.hooks
             if hooks is None:
                 continue
-            # A step that failed after this point is computed again: what it left here is overwritten.
+            # A step that failed after this point is computed again, and rows of drafts may be rejected: what they leave
+            # here is overwritten.
             if hooks.keep_logits:
                 hooks.logits[sequence.num_generated :] = [raw[row].clone()]
             if hooks.keep_scores or hooks.stopping_criteria:

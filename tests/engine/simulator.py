@@ -23,6 +23,8 @@ from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.speculative.speculator import Speculator
 
 VOCAB = 50
 EOS = 0
@@ -93,8 +95,12 @@ class PagedExecutor(FakeExecutor):
             unknown = np.flatnonzero(inputs.sources >= 0)
             inputs.token_ids[unknown] = np.array(self._before)[inputs.sources[unknown]]
         last = attention.decode_lengths - 2
-        before = cache[attention.decode_pages[np.arange(count), last // size], last % size]
-        cache[attention.write_pages[:count], attention.write_offsets[:count]] = _entry(before, inputs.token_ids[:count])
+        # Rows that verify drafts come after the rows whose entries they follow.
+        each = range(count) if batch.drafts else [slice(count)]
+        for rows in each:
+            before = cache[attention.decode_pages[np.arange(count)[rows], last[rows] // size], last[rows] % size]
+            entry = _entry(before, inputs.token_ids[:count][rows])
+            cache[attention.write_pages[:count][rows], attention.write_offsets[:count][rows]] = entry
         entries = cache[attention.decode_pages].reshape(count, attention.decode_pages.shape[1] * size)
         inside = np.arange(entries.shape[1]) < attention.decode_lengths[:, None]
         sums[:count] = (entries * inside).sum(1)
@@ -138,6 +144,8 @@ def make_engine(
     max_model_len: int = 64,
     paged: bool = False,
     lookahead: bool = False,
+    speculator: Speculator | None = None,
+    speculation: SpeculativeConfig | None = None,
 ) -> Engine:
     """The real engine over a fake executor."""
     scheduler = Scheduler(
@@ -152,13 +160,14 @@ def make_engine(
         max_model_len=max_model_len,
         pool_tokens=num_pages * page_size,
         eos_token_ids=lambda: frozenset({EOS}),
+        speculation=speculation,
     )
     executor = (
         PagedExecutor(num_pages, page_size, max_num_seqs, max_model_len, lookahead)
         if paged
         else FakeExecutor(lookahead)
     )
-    return Engine(executor, scheduler, intake)
+    return Engine(executor, scheduler, intake, speculator)
 
 
 def traffic(engine: Engine, count: int, seed: int = 0) -> Iterator[Request]:

@@ -109,7 +109,7 @@ def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> No
     model = hf_paged.wrap(small(), **options)
     executor: Any = model.engine.executor
     executor._device_sampler = device.DeviceSampler(4, torch.device("cpu"), exact=True)
-    recorder, shape = Replays(), (4, executor._max_pages, 4)
+    recorder, shape = Replays(), (4, executor._max_pages, 4, 4)
     executor._graphs = graphs.DecodeGraphs(executor._runner, executor._backend, *shape, recorder=recorder, exact=True)
     executor._mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
     executor._mixed._seen = set(itertools.product(executor._mixed.sizes, executor._mixed._sampled))

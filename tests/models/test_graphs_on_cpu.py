@@ -77,7 +77,7 @@ def graph_engine(
     recorder = Replays()
     executor._device_sampler = device.DeviceSampler(4, torch.device("cpu"))
     executor._graphs = graphs.DecodeGraphs(
-        executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, recorder=recorder
+        executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, 16, recorder=recorder
     )
     mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
     mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled))
