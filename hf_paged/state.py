@@ -17,6 +17,8 @@ from hf_paged.engine.intake import Intake
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.model.introspect import causal_lm
+from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.speculative.drafter import Drafter
 from hf_paged.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,10 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         logprobs_mode=config.logprobs_mode,
         speculation=config.speculation,
     )
-    return Engine(executor, scheduler, intake, Speculator(executor.max_verify_rows))
+    drafters: dict[SpeculativeConfig, Drafter] = {}
+    if config.speculation is not None and executor.drafter is not None:
+        drafters[config.speculation] = executor.drafter
+    return Engine(executor, scheduler, intake, Speculator(executor.max_verify_rows, drafters))
 
 
 def find_tokenizer(name_or_path: str) -> Any:

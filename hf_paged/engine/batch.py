@@ -27,7 +27,8 @@ class DraftRow(Sequence):
         origin: with all its tokens known.
         draft: tokens that may come after `origin.tokens`; not copied, and those that a device draws are filled in when
             they are known.
-        count: how many of them this row has for its own.
+        count: how many of them this row has for its own. 0 or less is a row of one of the origin's own tokens, counted
+            from its last one.
     """
 
     __slots__ = ("_num_tokens", "_origin", "count", "draft")
@@ -49,11 +50,11 @@ class DraftRow(Sequence):
 
     @property
     def ahead(self) -> list[int]:
-        return self.draft[: self.count]
+        return self.draft[: max(self.count, 0)]
 
     @property
     def last_token(self) -> int:
-        return self.draft[self.count - 1]
+        return self.draft[self.count - 1] if self.count > 0 else self._origin.tokens[self.count - 1]
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +66,7 @@ class DraftRow(Sequence):
 
     @property
     def tokens(self) -> list[int]:  # type: ignore[override]  # made only where somebody looks
-        return self._origin.tokens[: self._num_tokens - self.count] + self.ahead
+        return self._origin.tokens[: self._num_tokens - max(self.count, 0)] + self.ahead
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ class Batch:
     """Each computes its last token and samples the next. Behind a sequence with a draft come its `DraftRow`s, one per
     drafted token."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
-    """What is verified of which sequences."""
+    """What is verified of which sequences, in the order of `decodes`. A token of -1 is one that the device draws."""
     chunks: list[Chunk] = field(default_factory=list)
     page_writes: list[tuple[int, int, int]] = field(default_factory=list)
     """Changes to the block table since the last step: (slot, index in the row, page)."""

@@ -25,6 +25,8 @@ class StepResult:
     drawn: tuple[list[float], list[int]] | None = None
     """Log-probabilities and ranks, likewise, of tokens that a device drew; they mean something where they were asked
     for. None when nobody asked."""
+    drafted: list[list[int]] | None = None
+    """What of `Batch.drafts` only the device knew, all of it in order; None when nothing was."""
     scores: list[list[float]] | None = None
     """Per chunk, the log-probabilities of those of `Request.scored` that follow its rows; None when nobody asked."""
 

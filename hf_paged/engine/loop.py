@@ -173,6 +173,10 @@ class StepLoop:
             for chunk, scores in zip(batch.chunks, result.scores, strict=True):
                 if chunk.sequence.request.scored is not None and self._score(chunk, scores):
                     touched[chunk.sequence.request.request_id] = chunk.sequence.request
+        if result.drafted is not None:
+            unknown = [draft for draft in batch.drafts.values() if draft[0] < 0]
+            for draft, drawn in zip(unknown, result.drafted, strict=True):
+                draft[:] = drawn
         if batch.drafts:
             self._verify(batch, result.tokens)
         for place, row in enumerate(batch.sampled()):

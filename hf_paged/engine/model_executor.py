@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,10 @@ from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
-from hf_paged.sampling.device import DeviceSampler, Landing
+from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
+from hf_paged.speculative.draft_model import DraftModel, load_draft_model
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,10 @@ class ModelExecutor(Executor):
         self.max_verify_rows = min(verify_rows(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = self._choose_backend()
+        self.drafter: DraftModel | None = None
+        """A draft model, where the configuration names one."""
         self.storage: KVStorage | None = None
+        self._draft_storage: KVStorage | None = None
         self._asleep = False
         """The pools have their addresses and no memory."""
         self._graphs: DecodeGraphs | None = None
@@ -108,6 +113,7 @@ class ModelExecutor(Executor):
         self._lean = LeanLinears(self._lm) if on_gpu and not config.exact else None
         options: dict[str, Any] = {"fused": self._fused, "lean": self._lean, "exact": config.exact}
         check_model(model, layout, self._backend, kv_dtype=self._kv_dtype, **options)
+        self.drafter = self._load_drafter()
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
@@ -119,7 +125,7 @@ class ModelExecutor(Executor):
             activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
         self.num_pages = choose_num_pages(
             config,
-            layout.layers,
+            layout.layers + (self.drafter.layout.layers if self.drafter is not None else []),
             self.page_size,
             self._kv_dtype,
             device,
@@ -141,6 +147,13 @@ class ModelExecutor(Executor):
             return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
+
+    def _load_drafter(self) -> DraftModel | None:
+        speculation = self._config.speculation
+        if speculation is None or speculation.method != "draft_model":
+            return None
+        drafting = load_draft_model(speculation.model, self.layout, next(self._lm.parameters()).dtype)
+        return DraftModel(drafting, self._config, speculation.num_speculative_tokens)
 
     def _new_planner(self) -> SharedPlanner | None:
         """Who plans what decodes read together, if the backend can and any layer would."""
@@ -179,6 +192,8 @@ class ModelExecutor(Executor):
                 compiled=self._compiled,
                 exact=self._config.exact,
             )
+            if self.drafter is not None:
+                self._draft_storage = self.drafter.allocate(self.num_pages, self._inputs)
             self.storage = storage
             self._make_graphs()
 
@@ -189,6 +204,8 @@ class ModelExecutor(Executor):
         if not self._captures:
             return
         backend: Any = self._backend
+        if self.drafter is not None:
+            self.drafter.make_graphs(self.max_num_seqs, self.max_verify_rows)
         # Drafts are asked for by requests too, not by the configuration alone.
         rows = max(self.max_num_seqs, self.max_verify_rows)
         shape = self.max_num_seqs, self._max_pages, self.page_size, rows
@@ -219,10 +236,33 @@ class ModelExecutor(Executor):
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
-        if batch.copies:
-            assert self.storage is not None
-            self.storage.copy_pages(batch.copies)
+        for pool in self._pools() if batch.copies else ():
+            pool.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
+        drafted = self._draft(batch, writes) if self.drafter is not None else None
+        land = self._compute_batch(batch, writes)
+        return land if drafted is None else lambda: replace(land(), drafted=drafted())
+
+    def _draft(self, batch: Batch, writes: np.ndarray | None) -> Callable[[], list[list[int]]] | None:
+        """Has the draft model do its part of a step, before the target does its own."""
+        assert self.drafter is not None
+        self.drafter.write_pages(writes)
+        if batch.chunks:
+            self.drafter.prefill(batch.chunks)
+        unknown = {sequence: draft for sequence, draft in batch.drafts.items() if draft[0] < 0}
+        if not unknown:
+            return None
+        params = self._device_sampler.params if self._device_sampler is not None else None
+        tokens = self.drafter.draft(unknown, params if _all_fused(batch.decodes) else None, self._sampler)
+        if tokens is None:
+            return None  # they are known
+        self._previous = tokens
+        return split_when_landed(tokens, list(map(len, unknown.values())))
+
+    def _pools(self) -> list[KVStorage]:
+        return [pool for pool in (self.storage, self._draft_storage) if pool is not None]
+
+    def _compute_batch(self, batch: Batch, writes: np.ndarray | None) -> Callable[[], StepResult]:
         shared = None
         if self._sharing is not None and not batch.drafts:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
@@ -328,7 +368,8 @@ class ModelExecutor(Executor):
     def _read_signs(self) -> tuple[Any, ...]:
         """What graphs and aliases depend on beside the pools."""
         kind = self.layout.device.type
-        return self._watch.signs(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        drafter = self.drafter.signs() if self.drafter is not None else None
+        return self._watch.signs(), drafter, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def prepare(self) -> bool:
         self.wake_up()
@@ -351,9 +392,10 @@ class ModelExecutor(Executor):
         return self._watch.optimizer_stepped()
 
     def wipe(self, pages: list[int]) -> None:
-        if self.storage is not None and not self._asleep:
+        if not self._asleep:
             with self._in_order():
-                self.storage.zero_pages(pages)
+                for pool in self._pools():
+                    pool.zero_pages(pages)
 
     def outdated(self) -> bool:
         """Whether the model moved, or layers were replaced, so that everything here must be made anew."""
@@ -363,14 +405,17 @@ class ModelExecutor(Executor):
         if self.storage is None or self._asleep:
             return
         self._asleep = True  # whatever interrupts the release: waking makes it whole
-        if not self.storage.release():
+        released = [pool.release() for pool in self._pools()]
+        if not all(released):
             self._drop()
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _drop(self) -> None:
         """Lets go of the pools, and of all that is bound to their addresses."""
-        self.storage = self._graphs = self._mixed = self._previous = None
+        self.storage = self._draft_storage = self._graphs = self._mixed = self._previous = None
+        if self.drafter is not None:
+            self.drafter.drop()
         self._asleep = False
         self._runner.close()
         self._free_unused()
@@ -387,7 +432,8 @@ class ModelExecutor(Executor):
             self._allocate()
         elif self._asleep:
             with self._in_order():
-                self.storage.restore()
+                for pool in self._pools():
+                    pool.restore()
             self._asleep = False
 
     def close(self) -> None:
@@ -398,6 +444,8 @@ class ModelExecutor(Executor):
             self._watch.forget()
             self._fused.release()
             self._fused = None
+        if self.drafter is not None:
+            self.drafter.close()
 
 
 def _all_fused(sequences: list[Sequence]) -> bool:

@@ -219,6 +219,7 @@ class Scheduler:
         # Longest first: a device that hands out the rows in order is then done with all of them at about the same time.
         decodes.sort(key=_num_computed, reverse=True)
         if batch.drafts:
+            batch.drafts = {sequence: batch.drafts[sequence] for sequence in decodes if sequence in batch.drafts}
             batch.decodes = [row for sequence in decodes for row in _with_draft(sequence, batch.drafts.get(sequence))]
         if not preempted:
             self._admit(budget, batch)

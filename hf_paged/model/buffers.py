@@ -11,28 +11,29 @@ _NUMPY: dict[torch.dtype, type[np.generic]] = {torch.int32: np.int32, torch.int6
 
 
 class PackedBuffer:
-    """Named one-dimensional arrays in one piece of device memory, and two such pieces in (pinned) host memory.
+    """Named one-dimensional arrays in one piece of device memory, and two or more such pieces in (pinned) host memory.
 
-    Two, because a copy may still be under way when the next step's arrays are written. The step before the last one
-    must have ended by then.
+    More than one, because a copy may still be under way when the next step's arrays are written. With two of them, the
+    step before the last one must have ended by then.
 
     Args:
         fields: dtype (int32, int64 or float32) and length of each array.
+        copies: pieces of host memory.
     """
 
-    def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device) -> None:
+    def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device, copies: int = 2) -> None:
         offsets, end = {}, 0
         for name, (dtype, length) in fields.items():
             offsets[name] = end
             end += -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
         self._hosts = [
-            torch.zeros(end, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda") for _ in range(2)
+            torch.zeros(end, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda") for _ in range(copies)
         ]
         self._turn = 0
         self.device: dict[str, Tensor] = {}
         """The arrays on the device."""
-        self._arrays: list[dict[str, np.ndarray]] = [{}, {}]
+        self._arrays: list[dict[str, np.ndarray]] = [{} for _ in range(copies)]
         for name, (dtype, length) in fields.items():
             piece = slice(offsets[name], offsets[name] + length * dtype.itemsize)
             self.device[name] = self._device[piece].view(dtype)
@@ -41,7 +42,7 @@ class PackedBuffer:
 
     def next(self) -> dict[str, np.ndarray]:
         """The host's arrays to write, or to read into, next."""
-        self._turn ^= 1
+        self._turn = (self._turn + 1) % len(self._hosts)
         return self._arrays[self._turn]
 
     def upload(self) -> None:

@@ -123,6 +123,7 @@ class DecodeGraphs:
         backend: whose attention is captured.
         max_num_seqs, max_pages: the block table's shape.
         max_rows: the most of a step.
+        in_flight: steps that may be launched before the first of them must have ended.
         page_size: tokens per page.
         recorder: makes the graphs.
         exact: as in `token_sampler`.
@@ -136,6 +137,7 @@ class DecodeGraphs:
         max_pages: int,
         page_size: int,
         max_rows: int,
+        in_flight: int = 2,
         recorder: Recorder | None = None,
         exact: bool = False,
     ) -> None:
@@ -158,8 +160,8 @@ class DecodeGraphs:
             "writes": (torch.int32, 3 * WRITES_PER_ROW * rows),
             "num_writes": (torch.int32, 1),
         }
-        self._inputs = PackedBuffer({**fields, **parameter_fields(rows)}, device)
-        self.outputs = PackedBuffer(result_fields(rows), device)
+        self._inputs = PackedBuffer({**fields, **parameter_fields(rows)}, device, in_flight)
+        self.outputs = PackedBuffer(result_fields(rows), device, in_flight)
         self._input_ids, self._positions, self._write_rows = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
@@ -234,7 +236,7 @@ class DecodeGraphs:
             shared: what the rows share.
 
         Returns:
-            the tokens to come; they are overwritten two launches later.
+            the tokens to come; they are overwritten `in_flight` launches later.
         """
         size = self._size(len(sequences))
         captured = self._captured[size, shared is not None]

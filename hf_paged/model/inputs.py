@@ -3,13 +3,15 @@ context."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from hf_paged.attention.backend import AttentionBatch, PrefillSpan
 from hf_paged.attention.shared import SharedPlan
-from hf_paged.engine.batch import Batch
+from hf_paged.engine.batch import Batch, DraftRow
 from hf_paged.engine.request import Sequence
 
 
@@ -30,8 +32,8 @@ class StepInputs:
     """Per chunk of the batch, the half-open range among the R of its rows from `Sequence.logits_from` on; empty where
     there are none."""
     sources: np.ndarray | None = None
-    """int64 [B]: per decode row, the place of its token among those that the step before sampled; -1 where the token
-    is in `token_ids`. None when all are."""
+    """int64 [B]: per decode row, the place of its token among those that the step before sampled, or that were drafted
+    on the device for this one; -1 where the token is in `token_ids`. None when all are."""
 
 
 class InputBuilder:
@@ -45,6 +47,12 @@ class InputBuilder:
         self.block_table = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
         self._places: dict[Sequence, int] = {}
         """Of the sequences that the last batch samples for."""
+
+    def sharing_its_table(self) -> InputBuilder:
+        """Another one, over the same block table."""
+        other = copy.copy(self)
+        other._places = {}
+        return other
 
     def write_pages(self, batch: Batch) -> np.ndarray | None:
         """Applies the batch's page writes to the table. Returns them, int64 [W, 3], if there are any, the last one of
@@ -61,6 +69,10 @@ class InputBuilder:
         """As in `StepInputs`; call it once per batch, in the order of launch."""
         places, pending = self._places, any(sequence.num_pending for sequence in batch.decodes)
         self._places = {sequence: place for place, sequence in enumerate(batch.sampled())}
+        if any(draft[0] < 0 for draft in batch.drafts.values()):
+            drawn = itertools.count()
+            unknown = (isinstance(row, DraftRow) and row.last_token < 0 for row in batch.decodes)
+            return np.array([next(drawn) if row else -1 for row in unknown], dtype=np.int64)
         if not pending:
             return None
         return np.array([places[s] if s.num_pending else -1 for s in batch.decodes], dtype=np.int64)
@@ -74,7 +86,7 @@ class InputBuilder:
         size = self.page_size
         decodes, chunks = batch.decodes, batch.chunks
         count = len(decodes)
-        token_ids = [0 if sequence.num_pending else sequence.last_token for sequence in decodes]
+        token_ids = [0 if sequence.num_pending else max(sequence.last_token, 0) for sequence in decodes]
         starts = np.array([sequence.num_computed for sequence in decodes], dtype=np.int64)
         slots_of_decodes = np.array([sequence.slot for sequence in decodes], dtype=np.int64)
 

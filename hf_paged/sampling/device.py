@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -148,8 +148,8 @@ class DeviceSampler:
         return Landing(host, record(), tokens)
 
 
-def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[list[float]]]:
-    """Sends float32 `[N]` on its way to the host. What it returns waits for it, and no longer, and cuts it into lists
+def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[list[Any]]]:
+    """Sends `[N]` on its way to the host. What it returns waits for it, and no longer, and cuts it into lists
     of so many."""
     landed = None
     if values.is_cuda:
@@ -157,7 +157,7 @@ def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[li
         values = host.copy_(values, non_blocking=True)
         landed = record()
 
-    def wait() -> list[list[float]]:
+    def wait() -> list[list[Any]]:
         if landed is not None:
             landed.synchronize()
         return [part.tolist() for part in values.split(counts)]

@@ -74,6 +74,11 @@ class Sampler:
         report = self._report(raw, scores, tokens, sequences)
         return Sampled(tokens, self._report_exactly(logits, report, sequences) if self._exact else report, errors)
 
+    @torch.no_grad()
+    def draft(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
+        """One token per sequence by temperature and filters alone, for another model's logits `[R, V]`."""
+        return self._draw(torch.nan_to_num(logits.float()), sequences)[0]
+
     # ---- before the draw -----------------------------------------------------------------------------------
 
     def _adjust(self, logits: Tensor, sequences: list[Sequence], errors: dict[int, Exception]) -> Tensor:
