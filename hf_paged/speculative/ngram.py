@@ -1,0 +1,79 @@
+"""NgramDrafter: a sequence that repeats itself goes on as it did before (prompt lookup decoding)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_paged.engine.request import Sequence
+
+
+@dataclass(slots=True)
+class _Index:
+    """Where each n-gram of a sequence was last followed by something."""
+
+    num_tokens: int = 0
+    """The n-grams that end before this token are in `places`."""
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """n-gram -> the place of the token that came after it."""
+
+
+class NgramDrafter:
+    """Proposes what came after the latest earlier occurrence of the longest n-gram at the sequence's end.
+
+    A sequence's n-grams are indexed as its tokens come, so that a step costs what its new tokens cost, however long the
+    sequence is. The index holds at most prompt_lookup_max - prompt_lookup_min + 1 entries per token, and goes with the
+    sequence. Names and defaults are vLLM's.
+
+    Args:
+        prompt_lookup_max: tokens of the longest n-gram that is looked for. None: prompt_lookup_min, or 5.
+        prompt_lookup_min: tokens of the shortest one. None: prompt_lookup_max, or 5.
+
+    Raises:
+        TypeError, ValueError: not integers with 1 <= prompt_lookup_min <= prompt_lookup_max.
+    """
+
+    name = "ngram"
+
+    def __init__(self, prompt_lookup_max: int | None = None, prompt_lookup_min: int | None = None) -> None:
+        longest = next((n for n in (prompt_lookup_max, prompt_lookup_min) if n is not None), 5)
+        shortest = longest if prompt_lookup_min is None else prompt_lookup_min
+        for option, n in (("prompt_lookup_max", longest), ("prompt_lookup_min", shortest)):
+            if not isinstance(n, int) or isinstance(n, bool):
+                raise TypeError(f"{option} must be an int, got {n!r}")
+            if n < 1:
+                raise ValueError(f"{option} must be at least 1, got {n}")
+        if shortest > longest:
+            raise ValueError(f"prompt_lookup_min ({shortest}) must not exceed prompt_lookup_max ({longest})")
+        self._sizes = range(longest, shortest - 1, -1)
+        self._indices: dict[Sequence, _Index] = {}
+
+    def propose(self, sequences: list[Sequence], room: list[int]) -> list[list[int]]:
+        """See `Drafter`."""
+        return [self._propose(sequence, most) for sequence, most in zip(sequences, room, strict=True)]
+
+    def finish(self, sequence: Sequence) -> None:
+        """See `Drafter`."""
+        self._indices.pop(sequence, None)
+
+    def clear(self) -> None:
+        """See `Drafter`."""
+        self._indices.clear()
+
+    def _propose(self, sequence: Sequence, room: int) -> list[int]:
+        index = self._indices.get(sequence)
+        if index is None:
+            index = self._indices[sequence] = _Index()
+        tokens, places = sequence.tokens, index.places
+        end = len(tokens)
+        for size in self._sizes:
+            for place in range(max(index.num_tokens, size), end):
+                places[tuple(tokens[place - size : place])] = place
+        index.num_tokens = end
+        for size in self._sizes:
+            came_next = places.get(tuple(tokens[end - size :])) if size < end else None
+            if came_next is not None:
+                found = tokens[came_next : came_next + room]
+                while 0 < len(found) < room:  # the n-gram overlaps what follows it: a loop, which may well go on
+                    found += found[: room - len(found)]
+                return found
+        return []
