@@ -21,6 +21,7 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Hooks, Request, Sequence
 from hf_paged.model.introspect import UnsupportedModelError, why_unpageable
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+from hf_paged.speculative.config import DEFAULT_TOKENS, SpeculativeConfig
 
 if TYPE_CHECKING:
     from hf_paged.state import PagedState
@@ -101,15 +102,63 @@ class PagedSampling:
         self._say_stock("beam search follows many hypotheses at once")
         return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 
-    @functools.wraps(GenerationMixin._assisted_decoding)
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        self._say_stock("assisted decoding brings a cache of its own")
-        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: Tensor | None = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """As transformers': `prompt_lookup_num_tokens` drafts by n-grams, `assistant_model` by a draft model."""
+        shared = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        try:
+            if synced_gpus:
+                raise StockPath("synced_gpus keeps ranks in lock step")
+            if assistant_tokenizer is not None:
+                raise StockPath("the assistant has a vocabulary of its own")
+            speculation = self._speculation(generation_config, assistant_model)
+            call = _Call(
+                self._paged_engine(speculation),
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                model_kwargs,
+                streamer,
+                speculation,
+            )
+        except (StockPath, UnsupportedModelError) as reason:
+            self._say_stock(str(reason))
+            assisting = (inputs_tensor, assistant_model, assistant_tokenizer, tokenizer)
+            return super()._assisted_decoding(*shared, *assisting, **model_kwargs)  # type: ignore[misc]
+        return call.run()
 
-    def _paged_engine(self) -> Engine:
+    def _speculation(self, config: GenerationConfig, assistant: Any) -> SpeculativeConfig:
+        if config.prompt_lookup_num_tokens is not None:
+            longest = config.max_matching_ngram_size or 2  # as in transformers, down to single tokens
+            options = (("prompt_lookup_max", longest), ("prompt_lookup_min", 1))
+            return SpeculativeConfig("ngram", config.prompt_lookup_num_tokens, options=options)
+        if assistant is None:
+            raise StockPath("assisted decoding by layers of the model itself has no pages")
+        given = assistant.generation_config.num_assistant_tokens
+        return SpeculativeConfig("draft_model", given or DEFAULT_TOKENS["draft_model"], assistant)
+
+    def _paged_engine(self, speculation: SpeculativeConfig | None = None) -> Engine:
         if reason := why_unpageable(self) or _why_prepared_otherwise(self):  # type: ignore[arg-type]
             raise StockPath(reason)
-        return self._state().engine(self)  # type: ignore[arg-type]
+        try:
+            return self._state().engine(self, speculation)  # type: ignore[arg-type]
+        except ValueError as error:
+            if speculation is None:
+                raise
+            raise StockPath(str(error)) from error
 
     def _say_stock(self, reason: str) -> None:
         if reason not in self._state().said:
@@ -140,6 +189,7 @@ class _Call:
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
         streamer: Any,
+        speculation: SpeculativeConfig | None = None,
     ) -> None:
         self.engine, self.input_ids, self.config, self.streamer = engine, input_ids, config, streamer
         self._check(model_kwargs)
@@ -180,7 +230,8 @@ class _Call:
                     keep_logits=self.keep_logits,
                     keep_scores=self.keep_scores,
                 )
-            self.requests.append(engine.intake.request(rows[row][padding[row] :], sampling, hooks=hooks))
+            ids = rows[row][padding[row] :]
+            self.requests.append(engine.intake.request(ids, sampling, speculation=speculation, hooks=hooks))
         try:
             for request in self.requests:
                 engine.scheduler.check(request)

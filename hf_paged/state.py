@@ -35,28 +35,51 @@ class PagedState:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._assistant: SpeculativeConfig | None = None
+        """A draft model that a call of `generate` brought along."""
         self.said: set[str] = set()
         """Reasons for leaving work to the stock path that were logged already."""
 
-    def engine(self, model: nn.Module) -> Engine:
+    def engine(self, model: nn.Module, speculation: SpeculativeConfig | None = None) -> Engine:
         """The model's engine, made at the first call, and again when the model has moved to another device or dtype.
+
+        Args:
+            speculation: what it must be able to draft with, beside what the configuration says. A draft model that
+                it does not have makes it anew.
 
         Raises:
             UnsupportedModelError: the model cannot be paged.
+            ValueError: the draft model does not go with the model, or with one that the configuration names.
         """
         with self._lock:
+            if speculation is not None and speculation.model is not None:
+                self._take_assistant(speculation)
             if self._engine is not None and self._outdated(self._engine):
                 self._engine.close()
                 self._engine = None
             if self._engine is None:
+                assistant, self._assistant = self._assistant, None  # one that does not fit is not tried again
                 with torch.inference_mode(False):  # the pools outlive the caller's mode
-                    self._engine = build_engine(model, self.config, self._find_tokenizer(model))
+                    self._engine = build_engine(model, self.config, self._find_tokenizer(model), assistant)
+                self._assistant = assistant
             return self._engine
 
     @property
     def made(self) -> Engine | None:
         """The engine, if there is one by now."""
         return self._engine
+
+    def _take_assistant(self, speculation: SpeculativeConfig) -> None:
+        own = self.config.speculation
+        if speculation in (own, self._assistant):
+            return
+        if own is not None and own.model is not None:
+            raise ValueError("the model was wrapped with a draft model of its own")
+        if self._engine is not None and self._engine.has_unfinished():
+            raise ValueError("an assistant model needs an engine of its own, and this one has unfinished requests")
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._assistant = None, speculation
 
     def drop_engine(self) -> None:
         """Aborts what is unfinished and gives the engine's memory back; the next generation makes a new engine."""
@@ -81,9 +104,16 @@ class PagedState:
         return PagedState, (self.config, self.tokenizer)
 
 
-def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) -> Engine:
-    """An engine for a model, its page pool included."""
-    executor = ModelExecutor(model, config)
+def build_engine(
+    model: nn.Module, config: EngineConfig, tokenizer: Any = None, assistant: SpeculativeConfig | None = None
+) -> Engine:
+    """An engine for a model, its page pool included.
+
+    Args:
+        assistant: a draft model for requests that ask for it, where the configuration has none.
+    """
+    drafting = assistant or config.speculation
+    executor = ModelExecutor(model, config, drafting)
     num_pages = executor.num_pages
     scheduler = Scheduler(
         num_pages=num_pages,
@@ -105,8 +135,8 @@ def build_engine(model: nn.Module, config: EngineConfig, tokenizer: Any = None) 
         speculation=config.speculation,
     )
     drafters: dict[SpeculativeConfig, Drafter] = {}
-    if config.speculation is not None and executor.drafter is not None:
-        drafters[config.speculation] = executor.drafter
+    if drafting is not None and executor.drafter is not None:
+        drafters[drafting] = executor.drafter
     return Engine(executor, scheduler, intake, Speculator(executor.max_verify_rows, drafters))
 
 

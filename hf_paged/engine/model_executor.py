@@ -40,6 +40,7 @@ from hf_paged.model.weights import WeightWatch
 from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
+from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.draft_model import DraftModel, load_draft_model
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,15 @@ class ModelExecutor(Executor):
     steps of decodes alone are CUDA graphs. Requests that need the host to sample (a penalty, a processor, ...) are
     sampled before `launch` returns.
 
+    Args:
+        speculation: may name a draft model.
+
     Raises:
         UnsupportedModelError: the model cannot be paged.
         ValueError: the memory for the pool does not hold a page, or max_model_len exceeds what the model can do.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig) -> None:
+    def __init__(self, model: nn.Module, config: EngineConfig, speculation: SpeculativeConfig | None = None) -> None:
         start = time.monotonic()
         self._model, self._lm, self._config = model, causal_lm(model), config
         self.layout = layout = inspect_model(model)
@@ -77,6 +81,7 @@ class ModelExecutor(Executor):
         self.max_verify_rows = min(verify_rows(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = self._choose_backend()
+        self._speculation = speculation
         self.drafter: DraftModel | None = None
         """A draft model, where the configuration names one."""
         self.storage: KVStorage | None = None
@@ -149,7 +154,7 @@ class ModelExecutor(Executor):
         return FusedLinears(groups) if groups else None
 
     def _load_drafter(self) -> DraftModel | None:
-        speculation = self._config.speculation
+        speculation = self._speculation
         if speculation is None or speculation.method != "draft_model":
             return None
         drafting = load_draft_model(speculation.model, self.layout, next(self._lm.parameters()).dtype)

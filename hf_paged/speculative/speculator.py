@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_paged.engine.request import Request, Sequence
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.drafter import Drafter
+from hf_paged.speculative.ngram import NgramDrafter
 from hf_paged.speculative.pace import Pace
+from hf_paged.speculative.suffix import SuffixDrafter
 
 FIRST_RATE = 0.7
 """What acceptance is taken for before any is seen."""
@@ -16,6 +19,8 @@ NEWEST = 0.2
 """Weight of the newest verification in a sequence's acceptance rate."""
 LIKELY = 0.2
 """Where rows are scarce, drafted tokens that are less likely to be accepted get none."""
+FREE = ("ngram", "suffix")
+"""Methods whose longer drafts cost nothing."""
 
 
 @dataclass(slots=True)
@@ -77,11 +82,10 @@ class Speculator:
         if request.speculation is None:
             return
         self._requests.discard(request.request_id)
-        drafter = self._drafters.get(request.speculation)
+        drafter = self._drafter(request.speculation)
         for sequence in request.sequences:
             self._rates.pop(sequence, None)
-            if drafter is not None:
-                drafter.finish(sequence)
+            drafter.finish(sequence)
 
     def clear(self) -> None:
         """Forgets what was learnt from texts."""
@@ -107,7 +111,7 @@ class Speculator:
         rows = self.max_rows - len(running)
         drafts: dict[Sequence, list[int]] = {}
         for config, sequences in groups.items():
-            room = self._room(sequences, config.num_speculative_tokens, rows)
+            room = self._room(sequences, config, rows)
             found = self._drafter(config).propose(sequences, room)
             drafts |= {sequence: draft for sequence, draft in zip(sequences, found, strict=True) if draft}
             rows -= sum(map(len, found))
@@ -123,21 +127,20 @@ class Speculator:
 
     def _drafter(self, config: SpeculativeConfig) -> Drafter:
         if config not in self._drafters:
-            from hf_paged.speculative.ngram import NgramDrafter
-            from hf_paged.speculative.suffix import SuffixDrafter
-
-            made = NgramDrafter if config.method == "ngram" else SuffixDrafter
-            self._drafters[config] = made(**dict(config.options))  # checked by its parser
+            made: Any = {"ngram": NgramDrafter, "suffix": SuffixDrafter}[config.method]
+            self._drafters[config] = made(**dict(config.options))
         return self._drafters[config]
 
-    def _room(self, sequences: list[Sequence], most: int, rows: int) -> list[int]:
-        """How much to draft for each: all that is asked for, or where rows are scarce, the likeliest tokens first."""
-        if rows >= most * len(sequences):
+    def _room(self, sequences: list[Sequence], config: SpeculativeConfig, rows: int) -> list[int]:
+        """How much to draft for each: all that is asked for, or where rows are scarce, or drafting is not free, no
+        tokens that are unlikely to be accepted, and sequences whose drafts are good first."""
+        most = config.num_speculative_tokens
+        if rows >= most * len(sequences) and config.method in FREE:
             return [most] * len(sequences)
         rates = [self._rates.get(sequence, FIRST_RATE) for sequence in sequences]
         room = [0] * len(sequences)
         for place in sorted(range(len(sequences)), key=rates.__getitem__, reverse=True):
-            rate = min(max(rates[place], 0.01), 0.99)
-            room[place] = max(0, min(most, rows, int(math.log(LIKELY) / math.log(rate))))
+            rate = min(max(rates[place], LIKELY), 0.99)
+            room[place] = min(most, rows, int(math.log(LIKELY) / math.log(rate)))
             rows -= room[place]
         return room
