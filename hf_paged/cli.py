@@ -107,6 +107,18 @@ def latency(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps per round; the median of the rounds counts.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: the same requests with and without drafts by this method: forced (drafts right by chance), "
+            "ngram or suffix."
+        ),
+    ] = None,
+    acceptance: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="With --speculative forced: how likely a drafted token is right.")
+    ] = 0.7,
+    draft_tokens: Annotated[int, typer.Option(min=1, help="With --speculative: tokens drafted at most.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="With --speculative: tokens per sequence at most.")] = 200,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
@@ -120,8 +132,28 @@ def latency(
         raise typer.BadParameter(f"batches must be positive numbers with commas between them, got {batches!r}")
     _check_model(model, dtype, device)
     options = _options(option or [])
+    if speculative is not None:
+        from hf_paged.bench import speculation
+
+        _choose("speculative", [speculative], speculation.METHODS)
 
     def run() -> None:
+        if speculative is not None:
+            found = speculation.run_speculation(
+                speculative,
+                model,
+                [int(size) for size in sizes],
+                context,
+                tokens=tokens,
+                num_speculative_tokens=draft_tokens,
+                acceptance=acceptance,
+                dtype=dtype,
+                device=device,
+                options=options,
+                log=_log(as_json),
+            )
+            _show(found, speculation.as_table, as_json)
+            return
         result = report.run_latency(
             model,
             [int(size) for size in sizes],

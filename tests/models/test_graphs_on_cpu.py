@@ -5,6 +5,7 @@ What is tested is everything around the device: the numbers a step uploads, padd
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from speculative.drafters import Always
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
@@ -19,6 +21,8 @@ from hf_paged.attention.shared import SharedPlanner
 from hf_paged.engine.engine import Engine
 from hf_paged.model import graphs, mixed_graphs
 from hf_paged.sampling import device
+from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.speculative.draft_model import DraftModel
 from hf_paged.state import build_engine
 
 pytest.importorskip("triton")
@@ -243,3 +247,56 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(
     greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     assert run(engine, greedy) == stock(model, 2)
     assert sum("cannot be captured" in record.message for record in caplog.records) == 1
+
+
+# ---- speculation -------------------------------------------------------------------------------------------
+
+
+def drafting_engine(
+    model: Any, monkeypatch: pytest.MonkeyPatch, speculation: SpeculativeConfig, **options: Any
+) -> tuple[Engine, Replays]:
+    """As `graph_engine`, drafting in every step; a draft model has graphs of its own."""
+    engine, recorder = graph_engine(model, monkeypatch, speculative_config=None, **options)
+    executor: Any = engine.executor
+    if speculation.model is not None:
+        drafter = DraftModel(speculation.model, hf_paged.EngineConfig(), speculation.num_speculative_tokens)
+        drafter._backend = executor._backend
+        executor.drafter = drafter
+        executor._draft_storage = drafter.allocate(executor.num_pages, executor._inputs)
+        drafter._graphs = graphs.DecodeGraphs(
+            drafter._runner, drafter._backend, 4, executor._max_pages, engine.executor.page_size, 16, 8,
+            recorder=recorder,
+        )  # fmt: skip
+        engine.speculator._drafters[speculation] = drafter
+    engine.speculator.pace = Always()
+    engine.intake.speculation = speculation
+    return engine, recorder
+
+
+@pytest.mark.parametrize("kind", ["same", "other", "ngram"])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"n": 2, "temperature": 0.8, "top_p": 0.9, "seed": 4}], ids=str
+)
+def test_drafts(model: Any, monkeypatch: pytest.MonkeyPatch, kind: str, params: dict[str, Any]) -> None:
+    """Verified in graphs; a draft model's draws never leave the device before."""
+    sampling = hf_paged.SamplingParams(max_tokens=14, ignore_eos=True, **params)
+    plain, _ = graph_engine(model, monkeypatch)
+    expected = run(plain, sampling)
+    other = copy.deepcopy(model)
+    if kind == "other":
+        torch.manual_seed(9)
+        other = LlamaForCausalLM(model.config).eval()
+    speculation = (
+        SpeculativeConfig("ngram", 3, options=(("prompt_lookup_max", 1), ("prompt_lookup_min", 1)))
+        if kind == "ngram"
+        else SpeculativeConfig("draft_model", 3, other)
+    )
+    engine, recorder = drafting_engine(model, monkeypatch, speculation)
+    assert run(engine, sampling) == expected
+    stats = engine.speculator.stats[speculation.method]
+    assert stats.num_drafts > 5
+    assert recorder.count > 10
+    if kind == "same":
+        assert stats.num_accepted_tokens == stats.num_draft_tokens
+    if kind == "other":
+        assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
