@@ -60,7 +60,7 @@ class SuffixAutomaton:
             row[token] = edge
             totals[state] += 1
             best = likeliest[state]
-            if best != token and row[best] >> _SHIFT <= edge >> _SHIFT:
+            if best != token and row[best] <= edge | _STATE:
                 likeliest[state] = token
             length = lengths[state] + 1
             target = edge & _STATE
@@ -101,33 +101,25 @@ class SuffixAutomaton:
 
     def _branch(self, state: int, token: int) -> int:
         """The state after a token that has not come after `state` before."""
-        edges, links = self._edges, self._links
-        length = self._lengths[state] + 1
-        shorter = links[state]
-        if length > self.max_depth:
-            length = self.max_depth
-            if self._lengths[shorter] == length - 1 and token in edges[shorter]:
-                # The last `max_depth` tokens are known, they only came about in another way.
-                known = self.advance(shorter, (token,))
-                self._connect(state, token, known)
-                return known
-        new = self._add({}, -1, 0, ROOT, length)
-        self._connect(state, token, new)
-        while shorter >= ROOT:
-            if token in edges[shorter]:
-                links[new] = self.advance(shorter, (token,))
-                break
-            self._connect(shorter, token, new)
-            shorter = links[shorter]
-        return new
-
-    def _connect(self, state: int, token: int, target: int) -> None:
-        """A new edge, counted once."""
-        row, best = self._edges[state], self._likeliest[state]
-        row[token] = _ONE | target
-        self._totals[state] += 1
-        if best < 0 or row[best] >> _SHIFT == 1:
-            self._likeliest[state] = token
+        edges, likeliest, totals, links = self._edges, self._likeliest, self._totals, self._links
+        length, shorter = self._lengths[state] + 1, links[state]
+        # When cut off to `max_depth` tokens, what it makes may have occurred already, after another token.
+        known = length > self.max_depth and self._lengths[shorter] + 2 == length and token in edges[shorter]
+        if known:
+            target = self.advance(shorter, (token,))
+        else:
+            target = self._add({}, -1, 0, ROOT, min(length, self.max_depth))
+        edge = _ONE | target
+        while state >= ROOT and token not in (row := edges[state]):
+            row[token] = edge
+            totals[state] += 1
+            best = likeliest[state]
+            if best < 0 or row[best] <= _ONE | _STATE:
+                likeliest[state] = token
+            state = links[state]
+        if state >= ROOT and not known:
+            links[target] = self.advance(state, (token,))
+        return target
 
     def _split(self, state: int, token: int, target: int, length: int) -> int:
         """Parts the contexts of up to `length` tokens from the longer ones of `target`, now that they have occurred
