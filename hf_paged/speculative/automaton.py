@@ -112,7 +112,7 @@ class SuffixAutomaton:
         likeliest, totals = self._likeliest, self._totals
         probability = 1.0
         found: list[int] = []
-        while len(found) < room:
+        for _ in range(room):
             token = likeliest[state]
             if token < 0:
                 break
