@@ -31,7 +31,7 @@ class SuffixAutomaton:
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth
-        # A state is a place in all of these. Dicts of plain integers are nothing to the garbage collector.
+        # A state is an index into all of these lists. Dicts of plain integers are nothing to the garbage collector.
         self._edges: list[dict[int, int]] = [{}]
         """token -> count << 32 | state."""
         self._likeliest: list[int] = [-1]
@@ -40,6 +40,7 @@ class SuffixAutomaton:
         """The sum of the counts."""
         self._links: list[int] = [-1]
         self._lengths: list[int] = [0]
+        self._tables = self._edges, self._likeliest, self._totals, self._links, self._lengths
 
     @property
     def num_states(self) -> int:
@@ -48,25 +49,49 @@ class SuffixAutomaton:
 
     def advance(self, state: int, tokens: Iterable[int]) -> int:
         """The state of a text, given the one that it was in and the tokens that have been added to it since."""
-        edges, likeliest, totals, lengths = self._edges, self._likeliest, self._totals, self._lengths
+        # One loop without calls: this is what a step of many sequences costs.
+        edges, likeliest, totals, links, lengths = self._tables
         max_depth = self.max_depth
         for token in tokens:
             row = edges[state]
-            edge = row.get(token)
-            if edge is None:
-                state = self._branch(state, token)
-                continue
-            edge += _ONE
+            new = -1
+            if token not in row:
+                length, shorter = lengths[state] + 1, links[state]
+                if length > max_depth and lengths[shorter] == max_depth - 1 and token in edges[shorter]:
+                    # Its last `max_depth` tokens have occurred together, after another token.
+                    row[token] = self.advance(shorter, (token,))
+                else:
+                    new = len(links)
+                    edges.append({})
+                    likeliest.append(-1)
+                    totals.append(0)
+                    links.append(ROOT)
+                    lengths.append(min(length, max_depth))
+                    while state >= ROOT and token not in (row := edges[state]):
+                        row[token] = _ONE | new
+                        totals[state] += 1
+                        if row.get(likeliest[state], 0) <= _ONE | _STATE:
+                            likeliest[state] = token
+                        state = links[state]
+                    if state < ROOT:
+                        state = new
+                        continue
+            # Here the token has followed `state` before, the longest context of the text of which that is true.
+            edge = row[token] + _ONE
             row[token] = edge
             totals[state] += 1
             best = likeliest[state]
-            if best != token and row[best] >> _SHIFT <= edge >> _SHIFT:
+            if best != token and row.get(best, 0) <= edge | _STATE:
                 likeliest[state] = token
-            length = lengths[state] + 1
             target = edge & _STATE
+            length = lengths[state] + 1
             if lengths[target] > length and length <= max_depth:
                 target = self._split(state, token, target, length)
-            state = target
+            if new < 0:
+                state = target
+            else:
+                links[new] = target
+                state = new
         return state
 
     def draft(self, state: int, room: int, max_spec_factor: float, min_token_prob: float) -> list[int]:
@@ -87,7 +112,7 @@ class SuffixAutomaton:
         likeliest, totals = self._likeliest, self._totals
         probability = 1.0
         found: list[int] = []
-        while len(found) < room:
+        for _ in range(room):
             token = likeliest[state]
             if token < 0:
                 break
@@ -99,43 +124,16 @@ class SuffixAutomaton:
             state = edge & _STATE
         return found
 
-    def _branch(self, state: int, token: int) -> int:
-        """The state after a token that has not come after `state` before."""
-        edges, links = self._edges, self._links
-        length = self._lengths[state] + 1
-        shorter = links[state]
-        if length > self.max_depth:
-            length = self.max_depth
-            if self._lengths[shorter] == length - 1 and token in edges[shorter]:
-                # The last `max_depth` tokens are known, they only came about in another way.
-                known = self.advance(shorter, (token,))
-                self._connect(state, token, known)
-                return known
-        new = self._add({}, -1, 0, ROOT, length)
-        self._connect(state, token, new)
-        while shorter >= ROOT:
-            if token in edges[shorter]:
-                links[new] = self.advance(shorter, (token,))
-                break
-            self._connect(shorter, token, new)
-            shorter = links[shorter]
-        return new
-
-    def _connect(self, state: int, token: int, target: int) -> None:
-        """A new edge, counted once."""
-        row, best = self._edges[state], self._likeliest[state]
-        row[token] = _ONE | target
-        self._totals[state] += 1
-        if best < 0 or row[best] >> _SHIFT == 1:
-            self._likeliest[state] = token
-
     def _split(self, state: int, token: int, target: int, length: int) -> int:
         """Parts the contexts of up to `length` tokens from the longer ones of `target`, now that they have occurred
         without them; those that `token` and a suffix of `state` make lead to the new state."""
-        edges, links = self._edges, self._links
-        new = self._add(
-            dict(edges[target]), self._likeliest[target], self._totals[target], links[target], length
-        )  # fmt: skip
+        edges, likeliest, totals, links, lengths = self._tables
+        new = len(links)
+        edges.append(dict(edges[target]))
+        likeliest.append(likeliest[target])
+        totals.append(totals[target])
+        links.append(links[target])
+        lengths.append(length)
         links[target] = new
         while state >= ROOT:
             row = edges[state]
@@ -145,11 +143,3 @@ class SuffixAutomaton:
             row[token] = edge + new - target
             state = links[state]
         return new
-
-    def _add(self, edges: dict[int, int], likeliest: int, total: int, link: int, length: int) -> int:
-        self._edges.append(edges)
-        self._likeliest.append(likeliest)
-        self._totals.append(total)
-        self._links.append(link)
-        self._lengths.append(length)
-        return len(self._links) - 1

@@ -20,6 +20,8 @@ class _Index:
 class NgramDrafter:
     """Proposes what came after the latest earlier occurrence of the longest n-gram at the sequence's end.
 
+    What came after the earliest one is accepted a little less often.
+
     A sequence's n-grams are indexed as its tokens come, so that a step costs what its new tokens cost, however long the
     sequence is. The index holds at most prompt_lookup_max - prompt_lookup_min + 1 entries per token, and goes with the
     sequence. Names and defaults are vLLM's.

@@ -38,8 +38,11 @@ class SuffixDrafter:
     All unfinished sequences of a prompt, whatever requests they belong to, write into one suffix automaton as their
     tokens become known, so that each sees the others' at once. It begins with the prompt and the rollouts of earlier
     calls. What is proposed for a sequence is what most often came after its longest suffix that occurs there, token by
-    token. Finished rollouts are kept as plain tokens, and the automaton goes with the last unfinished sequence: that is
-    a hundredth of its memory, and only the latest rollouts of a prompt count, as older weights wrote the others.
+    token.
+
+    Finished rollouts are kept as plain tokens. The automaton takes a hundred times the memory, 400 bytes per token,
+    and goes with the last unfinished sequence. The next one is made of the latest rollouts alone, since older weights
+    wrote the others; among these, counting newer ones more changes nothing that can be measured.
 
     Names and defaults are vLLM's, less their prefix `suffix_decoding_`, where vLLM has the option.
 

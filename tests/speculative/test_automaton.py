@@ -72,6 +72,25 @@ def test_it_holds_two_states_per_token_at_most(growth: list[tuple[int, list[int]
 
 
 @given(steps, st.integers(1, 6))
+def test_no_walk_along_links_is_longer_than_the_depth(growth: list[tuple[int, list[int]]], max_depth: int) -> None:
+    automaton, _, _ = grown(growth, max_depth)
+    assert max(automaton._lengths) <= max_depth
+    for state in range(1, automaton.num_states):
+        assert automaton._lengths[automaton._links[state]] < automaton._lengths[state]
+
+
+@given(steps, st.integers(1, 6))
+def test_totals_are_sums_and_the_likeliest_has_the_highest_count(
+    growth: list[tuple[int, list[int]]], max_depth: int
+) -> None:
+    automaton, _, _ = grown(growth, max_depth)
+    for row, total, token in zip(automaton._edges, automaton._totals, automaton._likeliest, strict=True):
+        counts = {token: edge >> 32 for token, edge in row.items()}
+        assert total == sum(counts.values())
+        assert not row if token < 0 else counts[token] == max(counts.values())
+
+
+@given(steps, st.integers(1, 6))
 def test_tokens_may_come_one_by_one_or_many_at_once(growth: list[tuple[int, list[int]]], max_depth: int) -> None:
     at_once, _, states = grown(growth, max_depth)
     one_by_one, _, others = grown([(which, [token]) for which, tokens in growth for token in tokens], max_depth)

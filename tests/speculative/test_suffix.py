@@ -179,6 +179,25 @@ def test_drafts_are_no_longer_than_the_match_allows() -> None:
     assert lengths == [1, 3, 4, 6, 6]
 
 
+class Counting(list[int]):
+    """Tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.read += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+def test_a_step_reads_only_what_is_new() -> None:
+    drafter, asked = SuffixDrafter(), request([1]).sequences[0]
+    drafter.propose([grow(asked, *range(5000))], [8])
+    asked.tokens = Counting(asked.tokens)
+    drafter.propose([grow(asked, 7, 8)], [8])
+    assert asked.tokens.read == 2
+
+
 def test_a_step_costs_the_same_after_a_long_loop() -> None:
     drafter, looping = SuffixDrafter(), request([1, 2, 3]).sequences[0]
     sizes = []
@@ -195,11 +214,14 @@ def test_an_interrupt_leaves_the_history_and_a_drafter_that_works(monkeypatch: p
     asked = grow(request([1, 2]).sequences[0], 3)
     drafter.propose([asked], [4])
 
-    def interrupted(*_: Any) -> int:
+    advance = SuffixAutomaton.advance
+
+    def interrupted(self: SuffixAutomaton, state: int, tokens: list[int]) -> int:
+        advance(self, state, tokens)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SuffixAutomaton, "_branch", interrupted)
+        patch.setattr(SuffixAutomaton, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             drafter.propose([grow(asked, 9)], [4])
     assert not drafter._groups and not drafter._places
