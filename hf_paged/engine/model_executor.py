@@ -144,8 +144,8 @@ class ModelExecutor(Executor):
         self._sampler = Sampler(layout.vocab_size, device, exact=config.exact)
         self._device_sampler: DeviceSampler | None = None
         if on_gpu:
-            rows = max(self.max_num_seqs, self.max_verify_rows)
-            self._device_sampler = DeviceSampler(rows, device, exact=config.exact)
+            most = max(self.max_num_seqs, self.max_verify_rows)
+            self._device_sampler = DeviceSampler(most, device, exact=config.exact)
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()

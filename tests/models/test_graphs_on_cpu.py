@@ -79,7 +79,7 @@ def graph_engine(
     executor._backend = TritonBackend(torch.device("cpu"))
     executor._allocate()
     recorder = Replays()
-    executor._device_sampler = device.DeviceSampler(4, torch.device("cpu"))
+    executor._device_sampler = device.DeviceSampler(16, torch.device("cpu"))
     executor._graphs = graphs.DecodeGraphs(
         executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, 16, recorder=recorder
     )
@@ -273,13 +273,20 @@ def drafting_engine(
     return engine, recorder
 
 
-@pytest.mark.parametrize("kind", ["same", "other", "ngram"])
+SAMPLED = {"n": 2, "temperature": 0.8, "top_p": 0.9, "seed": 4}
+
+
 @pytest.mark.parametrize(
-    "params", [{"temperature": 0.0}, {"n": 2, "temperature": 0.8, "top_p": 0.9, "seed": 4}], ids=str
+    ("kind", "params"),
+    [
+        ("same", {"temperature": 0.0}),
+        pytest.param("other", SAMPLED, marks=pytest.mark.slow),
+        pytest.param("ngram", SAMPLED, marks=pytest.mark.slow),
+    ],
 )
 def test_drafts(model: Any, monkeypatch: pytest.MonkeyPatch, kind: str, params: dict[str, Any]) -> None:
     """Verified in graphs; a draft model's draws never leave the device before."""
-    sampling = hf_paged.SamplingParams(max_tokens=14, ignore_eos=True, **params)
+    sampling = hf_paged.SamplingParams(max_tokens=9, ignore_eos=True, **params)
     plain, _ = graph_engine(model, monkeypatch)
     expected = run(plain, sampling)
     other = copy.deepcopy(model)
@@ -295,7 +302,7 @@ def test_drafts(model: Any, monkeypatch: pytest.MonkeyPatch, kind: str, params: 
     assert run(engine, sampling) == expected
     stats = engine.speculator.stats[speculation.method]
     assert stats.num_drafts > 5
-    assert recorder.count > 10
+    assert recorder.count >= 10
     if kind == "same":
         assert stats.num_accepted_tokens == stats.num_draft_tokens
     if kind == "other":
