@@ -66,6 +66,9 @@ class AttentionBatch:
     """int64 [T]: the place in that page."""
     shared: SharedPlan | None = None
     """What decode rows share, for a backend that `shares`; items then name rows of `decode_pages`."""
+    dependent: bool = False
+    """Whether decode rows may read keys and values that others of them write in this step: those that verify a
+    draft."""
 
     @property
     def num_decodes(self) -> int:
@@ -95,6 +98,9 @@ class DecodeBuffers:
     """int32 [N]: tokens in each row's last page."""
     shared: SharedRanges | None = None
     """What the rows share, where the step is one that reads it together."""
+    dependent: bool = False
+    """Whether rows may read keys and values that others write in this step: those that verify a
+    draft."""
 
 
 @dataclass(frozen=True, slots=True)

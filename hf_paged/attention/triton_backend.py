@@ -40,6 +40,7 @@ class TritonPlan:
     tiles: dict[int, Tensor]
     """By rows per tile: int32 [tiles, 4], of all spans."""
     shared: SharedRanges | None
+    dependent: bool
 
 
 class TritonBackend:
@@ -82,7 +83,8 @@ class TritonBackend:
             most = int(plan.num_parts.max())
             shared = SharedRanges(*rest[: len(of_plan)], max_parts=most, tile_rows=plan.tile_rows)
         by_height = dict(zip(heights, rest[len(of_plan) :], strict=True))
-        return TritonPlan(count, decode_rows, prefill_rows, slots, lengths, decode_pages, pages, by_height, shared)
+        tables = slots, lengths, decode_pages, pages
+        return TritonPlan(count, decode_rows, prefill_rows, *tables, by_height, shared, batch.dependent)
 
     def run(
         self,
@@ -101,9 +103,9 @@ class TritonBackend:
             scales = {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
             append_kv(key[count:], value[count:], *pools, plan.prefill_rows, **scales)
         if count:
+            own = _own_keys(layer, key[:count], value[:count], *pools, plan.decode_rows, plan.dependent)
             paged_decode(
-                query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count],
-                new_key=key[:count], new_value=value[:count], write_rows=plan.decode_rows,
+                query[:count], *pools, plan.decode_pages, plan.slots, plan.lengths, **options, out=out[:count], **own,
                 shared=plan.shared if can_share(layer) else None,
             )  # fmt: skip
         if plan.tiles:
@@ -139,11 +141,9 @@ class TritonCapturedDecode:
     ) -> Tensor:
         buffers = self._buffers
         tables, options = (buffers.block_table, buffers.slots, buffers.lengths), layer_options(layer, sinks)
-        return paged_decode(
-            query, key_pool, value_pool, *tables, **options,
-            new_key=key, new_value=value, write_rows=buffers.write_rows,
-            shared=buffers.shared if can_share(layer) else None,
-        )  # fmt: skip
+        own = _own_keys(layer, key, value, key_pool, value_pool, buffers.write_rows, buffers.dependent)
+        shared = buffers.shared if can_share(layer) else None
+        return paged_decode(query, key_pool, value_pool, *tables, **options, **own, shared=shared)
 
 
 class SpanTiles:
@@ -221,6 +221,17 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
         packed[begin : begin + array.nbytes].view(dtype).view(array.shape)
         for begin, array, dtype in zip(begins, arrays, dtypes, strict=True)
     ]
+
+
+def _own_keys(
+    layer: LayerSpec, key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, rows: Tensor, dependent: bool
+) -> dict[str, Tensor]:
+    """What `paged_decode` is told of the rows' own keys and values: it writes them by the way, unless other rows are to
+    read them. Then they are written here."""
+    if not dependent:
+        return {"new_key": key, "new_value": value, "write_rows": rows}
+    append_kv(key, value, key_pool, value_pool, rows, key_scale=layer.key_scale, value_scale=layer.value_scale)
+    return {}
 
 
 def _count(plan: SharedPlan) -> np.ndarray:

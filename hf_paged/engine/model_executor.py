@@ -276,7 +276,7 @@ class ModelExecutor(Executor):
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
             fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and _all_fused(batch.decodes)
-            if fits and self._prepare_graph(len(batch.decodes), shared is not None):
+            if fits and self._prepare_graph(len(batch.decodes), shared is not None, bool(batch.drafts)):
                 return self._replay(self._graphs, batch, writes, shared)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
@@ -289,11 +289,11 @@ class ModelExecutor(Executor):
     def looks_ahead(self, request: Request) -> bool:
         return self._looks_ahead and request.fused
 
-    def _prepare_graph(self, count: int, shares: bool) -> bool:
+    def _prepare_graph(self, count: int, shares: bool, dependent: bool = False) -> bool:
         """Whether there is a graph for so many decodes, which read something together or do not."""
         assert self._graphs is not None
         try:
-            self._graphs.prepare(count, shares)
+            self._graphs.prepare(count, shares, dependent)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
             self._graphs.give_up(count)
@@ -310,7 +310,8 @@ class ModelExecutor(Executor):
         sources = self._inputs.sources(batch)
         self._bring_tokens(graphs, sources)
         assert self._device_sampler is not None
-        landing = graphs.launch(batch.decodes, sources, self._device_sampler.params, writes, shared)
+        params, dependent = self._device_sampler.params, bool(batch.drafts)
+        landing = graphs.launch(batch.decodes, sources, params, writes, shared, dependent)
         self._previous = graphs.tokens
         return lambda: _result(landing, batch.decodes)
 

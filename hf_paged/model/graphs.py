@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,16 @@ SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448,
 WRITES_PER_ROW = 2
 """Room for changes of the block table in a step; more of them go up on their own. A decode step changes one entry in
 `page_size` per row on average."""
+
+
+class Kind(NamedTuple):
+    """Of decode steps: each has a graph of its own."""
+
+    size: int
+    shares: bool
+    """With a plan of what rows share."""
+    dependent: bool
+    """With rows that read what others write."""
 
 
 Attention = TypeVar("Attention")
@@ -180,7 +190,7 @@ class DecodeGraphs:
         """The one that the device has."""
         self._half_shared = False
         """Whether an interrupt left it with neither."""
-        self._captured: dict[tuple[int, bool], Captured[CapturedDecode]] = {}
+        self._captured: dict[Kind, Captured[CapturedDecode]] = {}
         self._given_up: set[int] = set()
         self.recorder = recorder or CudaRecorder(device)
 
@@ -206,19 +216,20 @@ class DecodeGraphs:
         device = (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
         self._write_table(device[:-1], device[-1:], self.block_table)
 
-    def prepare(self, count: int, shares: bool = False) -> None:
+    def prepare(self, count: int, shares: bool = False, dependent: bool = False) -> None:
         """Captures the graph for so many rows, if that has not been done.
 
         Args:
             shares: the one for steps with a plan of what rows share.
+            dependent: the one for steps with rows that read what others write.
 
         Raises:
             CaptureFailed: see there.
             torch.OutOfMemoryError: there is no room for it.
         """
-        kind = self._size(count), shares
+        kind = Kind(self._size(count), shares, dependent)
         if kind not in self._captured:
-            self._captured[kind] = self._capture(*kind)
+            self._captured[kind] = self._capture(kind)
 
     def launch(
         self,
@@ -227,6 +238,7 @@ class DecodeGraphs:
         params: SlotParams,
         writes: np.ndarray | None,
         shared: SharedPlan | None = None,
+        dependent: bool = False,
     ) -> Landing:
         """Enqueues one step of decodes, whose graph was prepared.
 
@@ -234,12 +246,13 @@ class DecodeGraphs:
             sources: as in `StepInputs`, referring to `tokens`.
             writes: changes of the block table that come before the step, as in `write_pages`.
             shared: what the rows share.
+            dependent: whether rows read what others write.
 
         Returns:
             the tokens to come; they are overwritten `in_flight` launches later.
         """
         size = self._size(len(sequences))
-        captured = self._captured[size, shared is not None]
+        captured = self._captured[Kind(size, shared is not None, dependent)]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
         fill_parameters(arrays, sequences, params)
@@ -332,9 +345,9 @@ class DecodeGraphs:
 
     # ---- capture -------------------------------------------------------------------------------------------
 
-    def _capture(self, size: int, shares: bool) -> Captured[CapturedDecode]:
-        start = time.monotonic()
-        buffers = self._buffers(size, shares)
+    def _capture(self, kind: Kind) -> Captured[CapturedDecode]:
+        start, size = time.monotonic(), kind.size
+        buffers = self._buffers(kind)
         arrays = self._inputs.next()
         self._fill(arrays, [], None, size)
         arrays["num_writes"][0] = 0
@@ -356,8 +369,8 @@ class DecodeGraphs:
         logger.debug("captured a decode step of %d in %.3f s", size, time.monotonic() - start)
         return Captured(replay, attention)
 
-    def _buffers(self, size: int, shares: bool) -> DecodeBuffers:
-        device = self._inputs.device
+    def _buffers(self, kind: Kind) -> DecodeBuffers:
+        device, size = self._inputs.device, kind.size
         return DecodeBuffers(
             page_size=self.page_size,
             slots=device["slots"][:size],
@@ -367,7 +380,8 @@ class DecodeGraphs:
             page_indptr=device["page_indptr"][: size + 1],
             page_indices=self._page_indices,
             last_page_lengths=device["last_page_lengths"][:size],
-            shared=self.shared_ranges(size) if shares else None,
+            shared=self.shared_ranges(size) if kind.shares else None,
+            dependent=kind.dependent,
         )
 
     def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:

@@ -126,6 +126,7 @@ class InputBuilder:
                 write_pages=self.block_table[slot, position // size].astype(np.int64),
                 write_offsets=position % size,
                 shared=shared,
+                dependent=bool(batch.drafts),
             ),
             logit_rows=np.array(logit_rows, dtype=np.int64),
             sample_rows=sample_rows,

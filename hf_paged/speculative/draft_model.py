@@ -207,11 +207,13 @@ class DraftModel(Drafter):
         for sequence, draft in drafts.items():
             self._seen[sequence] = len(sequence.tokens), draft
         if self._graphs is not None and params is not None:
-            graphs, counts = self._graphs, {len(rows[0]) + len(missing), *map(len, rows[1:])}
-            if all(self._prepared(count) for count in counts):
+            graphs, first = self._graphs, len(rows[0]) + len(missing)
+            if self._prepared(first, bool(missing)) and all(self._prepared(len(now)) for now in rows[1:]):
                 return self._draw_on_device(graphs, rows, missing, params)
         for j, now in enumerate(rows):
             inputs = self._inputs.build(Batch(decodes=now + missing if not j else now))
+            if missing and not j:
+                inputs = replace(inputs, attention=replace(inputs.attention, dependent=True))
             tokens = sampler.draft(self._runner.forward(inputs)[: len(now)], now)
             for row, token in zip(now, tokens, strict=True):
                 drafts[row.origin][j] = token
@@ -236,11 +238,11 @@ class DraftModel(Drafter):
         ]
         self.prefill(behind)
 
-    def _prepared(self, count: int) -> bool:
+    def _prepared(self, count: int, dependent: bool = False) -> bool:
         if self._graphs is None or not self._graphs.holds(count):
             return False
         try:
-            self._graphs.prepare(count)
+            self._graphs.prepare(count, dependent=dependent)
         except torch.OutOfMemoryError:
             self._graphs.give_up(count)
             return False
@@ -258,7 +260,10 @@ class DraftModel(Drafter):
         places: dict[Sequence, int] = {}
         for j, now in enumerate(rows):
             sources = np.array([places[row.origin] for row in now], dtype=np.int64) if j else None
-            graphs.launch(now + missing if not j else now, sources, params, None)
+            if j:
+                graphs.launch(now, sources, params, None)
+            else:
+                graphs.launch(now + missing, sources, params, None, dependent=bool(missing))
             places = {row.origin: place for place, row in enumerate(now)}
             starts.append(sum(map(len, drawn)))
             drawn.append(graphs.tokens[: len(now)].clone())

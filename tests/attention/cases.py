@@ -5,7 +5,7 @@ A backend's test draws `cases(layout=..., ...)`, narrowed to what it supports, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -195,6 +195,25 @@ def make_case(
         make_layer(shape, batch, spec, layout, dtype, seed + 1 + index, strangers) for index, spec in enumerate(specs)
     ]
     return Case(layout, batch, layers, shape.sequences)
+
+
+def as_verification(case: Case) -> Case:
+    """The rows of a case's only span as decode rows of one sequence, the last one first, so that whoever attends before
+    all is written misses something."""
+    batch = case.batch
+    (span,) = batch.spans
+    assert not batch.num_decodes
+    lengths = np.arange(span.context + span.length, span.context, -1)
+    pages = np.tile(span.pages, (span.length, 1))
+    turned = AttentionBatch(
+        batch.page_size, lengths, pages, [], batch.write_pages[::-1].copy(), batch.write_offsets[::-1].copy(),
+        dependent=True,
+    )  # fmt: skip
+    layers = [
+        replace(one, **{name: getattr(one, name).flip(0) for name in ("query", "key", "value", "expected")})
+        for one in case.layers
+    ]
+    return replace(case, batch=turned, layers=layers)
 
 
 @st.composite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import Case, cases, check, make_batch, make_case, make_shape
+from cases import Case, as_verification, cases, check, make_batch, make_case, make_shape
 from hypothesis import given, settings
 
 from hf_paged.attention.backend import LayerSpec
@@ -79,6 +79,16 @@ def test_pools_of_another_dtype() -> None:
     torch.testing.assert_close(out, one.expected, **BFLOAT16)
     assert torch.equal(pools[0], one.key_pool_after)
     assert torch.equal(pools[1], one.value_pool_after)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("context", [0, 3, 30])
+def test_decode_rows_of_one_sequence(context: int, window: int | None) -> None:
+    """They see what the others of them write in the same step, up to their own place."""
+    shape = make_shape(4, [], [(context, 6, 0, 0)], "scattered", seed=1)
+    spec = layer(window=window)
+    case = make_case(shape, [spec], layout="HND", dtype=torch.float32, seed=3, strangers=float("nan"))
+    check(TorchBackend(CPU), as_verification(case), CPU, rtol=2e-5, atol=2e-5)
 
 
 def test_plan_leaves_the_batch_alone() -> None:

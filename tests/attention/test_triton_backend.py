@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import Case, LayerCase, cases, check, make_batch, make_case, make_shape, shapes
+from cases import Case, LayerCase, as_verification, cases, check, make_batch, make_case, make_shape, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -80,6 +80,16 @@ def test_pools_of_float8() -> None:
         one.query.to(DEVICE), *real, case.sequences, layout="NHD", scaling=spec.scaling
     )
     torch.testing.assert_close(out, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("context", [0, 3, 30])
+def test_decode_rows_of_one_sequence(context: int, window: int | None) -> None:
+    """They see what the others of them write in the same step, up to their own place."""
+    shape = make_shape(4, [], [(context, 6, 0, 0)], "scattered", seed=1)
+    spec = layer(window=window)
+    case = make_case(shape, [spec], layout="NHD", dtype=torch.float32, seed=3, strangers=float("nan"))
+    check(TritonBackend(DEVICE), as_verification(case), DEVICE, **FLOAT32)
 
 
 def test_plan_leaves_the_batch_alone() -> None:

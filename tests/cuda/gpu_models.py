@@ -98,7 +98,7 @@ def assert_idle(model: Any) -> None:
 def captured(model: Any) -> list[int]:
     """The batch sizes for which there is a graph."""
     graphs = model.engine.executor._graphs
-    return [] if graphs is None else sorted({size for size, _ in graphs._captured})
+    return [] if graphs is None else sorted({kind.size for kind in graphs._captured})
 
 
 @torch.no_grad()

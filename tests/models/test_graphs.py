@@ -67,7 +67,7 @@ def graphs_of(model: Any) -> Any:
 
 
 def sizes_of(graphs: Any) -> set[int]:
-    return {size for size, _ in graphs._captured}
+    return {kind.size for kind in graphs._captured}
 
 
 def count_replays(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -173,7 +173,7 @@ def test_prompts_that_begin_alike(slots: int, monkeypatch: pytest.MonkeyPatch) -
     wrap(model, compile="off", max_num_seqs=slots)
     for _ in range(2):  # the second time, all of them find the prefix in the cache
         assert answers(model, prompts, [greedy(4 + i) for i in range(20)]) == [t[: 4 + i] for i, t in enumerate(out)]
-    assert any(shares for _, shares in graphs_of(model)._captured)
+    assert any(kind.shares for kind in graphs_of(model)._captured)
 
 
 def test_warming_up_while_requests_run(expected: list[list[int]]) -> None:
