@@ -12,9 +12,10 @@ import torch
 from rich.table import Table
 
 import hf_paged
-from hf_paged.bench.engines import START_LENGTH, start_engine, warm_up
+from hf_paged.bench.engines import START_LENGTH, start_engine
 from hf_paged.bench.models import Subject, load_smollm2, make_subject
 from hf_paged.bench.throughput import machine
+from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Sequence as Sample
 from hf_paged.speculative.config import SpeculativeConfig
@@ -23,6 +24,8 @@ from hf_paged.speculative.pace import Pace
 METHODS = ("forced", "ngram", "suffix")
 SAMPLES = 8
 """Of each prompt of rollouts."""
+NONSENSE = 17
+"""A token id."""
 WARM_TOKENS = 24
 
 STORY = """
@@ -52,33 +55,39 @@ QUESTIONS = (
 
 
 class ForcedAcceptance:
-    """Knows what comes, and says so with a given probability per token: what a drafter of that quality would bring.
+    """Drafts nonsense, and has it accepted with a given probability per token, whatever the model says: what a drafter
+    of that quality would bring in time. The text means nothing.
 
     Args:
-        acceptance: the probability that a drafted token is the right one.
+        acceptance: the probability that a drafted token is accepted.
     """
 
     name = "forced"
 
-    def __init__(self, acceptance: float, vocab_size: int) -> None:
-        self._acceptance, self._vocab_size, self._draw = acceptance, vocab_size, random.Random(0)
-        self.futures: dict[tuple[int, ...], list[int]] = {}
-        """What a prompt is answered with."""
+    def __init__(self, acceptance: float) -> None:
+        self._acceptance, self._draw = acceptance, random.Random(0)
 
     def propose(self, sequences: list[Sample], room: list[int]) -> list[list[int]]:
-        drafts = []
-        for sequence, most in zip(sequences, room, strict=True):
-            future = self.futures.get(tuple(sequence.request.prompt_token_ids), [])
-            right = future[sequence.num_generated : sequence.num_generated + most]
-            wrong = [self._draw.random() >= self._acceptance for _ in right]
-            drafts.append([(token + bad) % self._vocab_size for token, bad in zip(right, wrong, strict=True)])
-        return drafts
+        return [[NONSENSE] * most for most in room]
 
     def finish(self, sequence: Sample) -> None:
         pass
 
     def clear(self) -> None:
-        self.futures.clear()
+        pass
+
+    def simulate(self, engine: Engine) -> None:
+        """Has the engine's verifications find what is drawn here."""
+        verify = engine._verify
+
+        def forced(batch: Batch, tokens: list[int]) -> None:
+            for place, row in enumerate(batch.decodes):
+                for i in range(len(batch.drafts.get(row, ()))):
+                    accepted = self._draw.random() < self._acceptance
+                    tokens[place + i] = NONSENSE if accepted else NONSENSE + 1
+            verify(batch, tokens)
+
+        engine._verify = forced  # type: ignore[method-assign]
 
 
 def run_speculation(
@@ -102,7 +111,7 @@ def run_speculation(
     second time: with other seeds than the first. Everything else is greedy, of prompts of random tokens.
 
     Args:
-        method: one of METHODS; "forced" accepts drafted tokens with the probability `acceptance`.
+        method: one of METHODS; with "forced", drafted tokens are accepted with the probability `acceptance`.
         batches: sequences at once.
         context: tokens of a random prompt.
         tokens: to generate per sequence, at most.
@@ -124,14 +133,15 @@ def run_speculation(
     try:
         log("starting ...")
         start_engine(subject.model, options or {}, work.prompts[0][:START_LENGTH], work.temperature)
-        warm_up(subject.model, work.prompts, work.temperature)
         race = _Race(subject.model, config)
         if method == "forced":
-            race.forced = ForcedAcceptance(acceptance, subject.config.vocab_size)
-            race.engine.speculator._drafters[config] = race.forced
+            forced = ForcedAcceptance(acceptance)
+            race.engine.speculator._drafters[config] = forced
+            forced.simulate(race.engine)
         for batch in batches:
             log(f"{batch} sequences ...")
             rows.append({"batch": batch, **race.run(work, batch, tokens, repeats)})
+            log(f"... {rows[-1]['plain_s']:.3f} s without, {rows[-1]['speculating_s']:.3f} s with drafts")
     finally:
         hf_paged.unwrap(subject.model)
     return {
@@ -175,7 +185,6 @@ class _Race:
 
     def __init__(self, model: Any, config: SpeculativeConfig) -> None:
         self.model, self.engine, self._config = model, model.engine, config
-        self.forced: ForcedAcceptance | None = None
 
     def run(self, work: _Work, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
         prompts = work.prompts[: -(-batch // work.samples)]
@@ -195,8 +204,6 @@ class _Race:
                     took, said[way] = self._time(work, prompts, way, tokens, seed=2 + repeat)
                 seconds[way].append(took)
                 drafting += clock.seconds
-                if way is None and self.forced is not None:
-                    self.forced.futures = {tuple(p): said[None][i] for i, p in enumerate(prompts)}
         stats = self.engine.speculator.stats.get(self._config.method)
         same = sum(a == b for a, b in zip(said[None], said[self._config], strict=True))
         plain, speculating = min(seconds[None]), min(seconds[self._config])

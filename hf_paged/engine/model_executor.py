@@ -275,8 +275,9 @@ class ModelExecutor(Executor):
         if self._sharing is not None and not batch.drafts:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
-            fits = not batch.chunks and self._graphs.holds(len(batch.decodes)) and _all_fused(batch.decodes)
-            if fits and self._prepare_graph(len(batch.decodes), shared is not None, bool(batch.drafts)):
+            count, dependent = len(batch.decodes), bool(batch.drafts)
+            fits = not batch.chunks and self._graphs.holds(count, dependent) and _all_fused(batch.decodes)
+            if fits and self._prepare_graph(count, shared is not None, dependent):
                 return self._replay(self._graphs, batch, writes, shared)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
@@ -296,7 +297,7 @@ class ModelExecutor(Executor):
             self._graphs.prepare(count, shares, dependent)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
-            self._graphs.give_up(count)
+            self._graphs.give_up(count, dependent)
             return False
         except CaptureFailed as error:
             logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)

@@ -199,13 +199,13 @@ class DecodeGraphs:
         """int64 `[rows]`, what the last replay sampled; the next one may read its tokens from here."""
         return self.outputs.device["tokens"]
 
-    def holds(self, count: int) -> bool:
+    def holds(self, count: int, dependent: bool = False) -> bool:
         """Whether there is a size for so many rows."""
-        return 0 < count <= self.sizes[-1] and self._size(count) not in self._given_up
+        return 0 < count <= self.sizes[-1] and self._size(count, dependent) not in self._given_up
 
-    def give_up(self, count: int) -> None:
+    def give_up(self, count: int, dependent: bool = False) -> None:
         """So many rows will run without a graph."""
-        self._given_up.add(self._size(count))
+        self._given_up.add(self._size(count, dependent))
 
     # ---- replay --------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class DecodeGraphs:
             CaptureFailed: see there.
             torch.OutOfMemoryError: there is no room for it.
         """
-        kind = Kind(self._size(count), shares, dependent)
+        kind = Kind(self._size(count, dependent), shares, dependent)
         if kind not in self._captured:
             self._captured[kind] = self._capture(kind)
 
@@ -251,7 +251,7 @@ class DecodeGraphs:
         Returns:
             the tokens to come; they are overwritten `in_flight` launches later.
         """
-        size = self._size(len(sequences))
+        size = self._size(len(sequences), dependent)
         captured = self._captured[Kind(size, shared is not None, dependent)]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
@@ -319,7 +319,10 @@ class DecodeGraphs:
 
     # ---- details -------------------------------------------------------------------------------------------
 
-    def _size(self, count: int) -> int:
+    def _size(self, count: int, dependent: bool) -> int:
+        """Of dependent rows there may be any number in any step: fewer sizes for them are captured sooner."""
+        if dependent:
+            count = min(max(8, 1 << (count - 1).bit_length()), self.sizes[-1])
         return self.sizes[bisect.bisect_left(self.sizes, count)]
 
     def _fill(

@@ -239,12 +239,12 @@ class DraftModel(Drafter):
         self.prefill(behind)
 
     def _prepared(self, count: int, dependent: bool = False) -> bool:
-        if self._graphs is None or not self._graphs.holds(count):
+        if self._graphs is None or not self._graphs.holds(count, dependent):
             return False
         try:
             self._graphs.prepare(count, dependent=dependent)
         except torch.OutOfMemoryError:
-            self._graphs.give_up(count)
+            self._graphs.give_up(count, dependent)
             return False
         except CaptureFailed as error:
             logger.warning("the draft model runs without CUDA graphs: it cannot be captured (%s)", error)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-TRIAL = 8
-"""Steps that a way is tried for."""
-SHORTEST, LONGEST = 32, 1024
+FIRST_TRIAL, TRIAL = 8, 4
+"""Steps that a way is tried for, at first and later."""
+SHORTEST, LONGEST = 32, 2048
 """Steps between two trials of the slower way."""
 BETTER = 1.02
 """How much faster a way must be to take over."""
@@ -46,8 +46,8 @@ class _Race:
 
     def __init__(self) -> None:
         self._faster, self._trying = True, False
-        self._left, self._wait = TRIAL, SHORTEST // 2
-        self._steps: dict[bool, deque[tuple[int, float]]] = {way: deque(maxlen=TRIAL) for way in (True, False)}
+        self._left, self._wait, self._trial = FIRST_TRIAL, SHORTEST // 4, FIRST_TRIAL
+        self._steps: dict[bool, deque[tuple[int, float]]] = {way: deque(maxlen=FIRST_TRIAL) for way in (True, False)}
 
     @property
     def way(self) -> bool:
@@ -59,13 +59,13 @@ class _Race:
         if self._left:
             return
         if not self._trying:
-            self._trying, self._left = True, TRIAL
+            self._trying, self._left, self._trial = True, self._trial, TRIAL
             self._steps[self.way].clear()
             return
         if self._rate(not self._faster) > BETTER * self._rate(self._faster):
             self._faster, self._wait = not self._faster, SHORTEST
         else:
-            self._wait = min(2 * self._wait, LONGEST)
+            self._wait = min(4 * self._wait, LONGEST)
         self._trying, self._left = False, self._wait
 
     def _rate(self, way: bool) -> float:
