@@ -85,8 +85,8 @@ class EngineConfig:
     `SamplingParams.logprobs_mode` goes before."""
 
     speculative_config: Mapping[str, Any] | None = None
-    """How tokens are drafted: `{"method": "ngram" | "suffix" | "draft_model", "num_speculative_tokens": 5, ...}`. None:
-    not at all."""
+    """How tokens are drafted: `{"method": "ngram" | "suffix" | "draft_model" | "eagle3", "num_speculative_tokens": 5,
+    ...}`. None: not at all."""
     speculative_model: Any = None
     """Older spelling: the draft model, loaded or by path, or "[ngram]"."""
     num_speculative_tokens: int | None = None

@@ -41,7 +41,7 @@ from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
 from hf_paged.speculative.config import SpeculativeConfig
-from hf_paged.speculative.draft_model import DraftModel, load_draft_model
+from hf_paged.speculative.in_step import InStepDrafter, load_drafter
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class ModelExecutor(Executor):
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
         self._backend = self._choose_backend()
         self._speculation = speculation
-        self.drafter: DraftModel | None = None
-        """A draft model, where the configuration names one."""
+        self.drafter: InStepDrafter | None = None
+        """A draft model or head, where the configuration names one."""
         self.storage: KVStorage | None = None
         self._draft_storage: KVStorage | None = None
         self._asleep = False
@@ -118,7 +118,7 @@ class ModelExecutor(Executor):
         self._lean = LeanLinears(self._lm) if on_gpu and not config.exact else None
         options: dict[str, Any] = {"fused": self._fused, "lean": self._lean, "exact": config.exact}
         check_model(model, layout, self._backend, kv_dtype=self._kv_dtype, **options)
-        self.drafter = self._load_drafter()
+        self.drafter = load_drafter(self._speculation, config, self._lm, layout)
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
@@ -130,7 +130,7 @@ class ModelExecutor(Executor):
             activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
         self.num_pages = choose_num_pages(
             config,
-            layout.layers + (self.drafter.layout.layers if self.drafter is not None else []),
+            layout.layers + (self.drafter.layers if self.drafter is not None else []),
             self.page_size,
             self._kv_dtype,
             device,
@@ -155,13 +155,6 @@ class ModelExecutor(Executor):
             return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
-
-    def _load_drafter(self) -> DraftModel | None:
-        speculation = self._speculation
-        if speculation is None or speculation.method != "draft_model":
-            return None
-        drafting = load_draft_model(speculation.model, self.layout, next(self._lm.parameters()).dtype)
-        return DraftModel(drafting, self._config, speculation.num_speculative_tokens)
 
     def _new_planner(self) -> SharedPlanner | None:
         """Who plans what decodes read together, if the backend can and any layer would."""
@@ -199,6 +192,7 @@ class ModelExecutor(Executor):
                 lean=self._lean,
                 compiled=self._compiled,
                 exact=self._config.exact,
+                hidden=self.drafter.hidden if self.drafter is not None else None,
             )
             if self.drafter is not None:
                 self._draft_storage = self.drafter.allocate(self.num_pages, self._inputs)
@@ -218,7 +212,8 @@ class ModelExecutor(Executor):
         rows = max(self.max_num_seqs, self.max_verify_rows)
         shape = self.max_num_seqs, self._max_pages, self.page_size, rows
         self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
-        if hasattr(backend, "capture_mixed"):
+        # Their forwards are of more rows than hidden states of graphs have a place for.
+        if hasattr(backend, "capture_mixed") and (self.drafter is None or self.drafter.hidden is None):
             num_params = sum(parameter.numel() for parameter in self._lm.parameters())
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
 
@@ -249,14 +244,14 @@ class ModelExecutor(Executor):
         writes = self._inputs.write_pages(batch)
         drafted = self._draft(batch, writes) if self.drafter is not None else None
         land = self._compute_batch(batch, writes)
+        if self.drafter is not None:
+            self.drafter.after(batch)
         return land if drafted is None else lambda: replace(land(), drafted=drafted())
 
     def _draft(self, batch: Batch, writes: np.ndarray | None) -> Callable[[], list[list[int]]] | None:
-        """Has the draft model do its part of a step, before the target does its own."""
+        """Has the drafter do its part of a step, before the target does its own."""
         assert self.drafter is not None
-        self.drafter.write_pages(writes)
-        if batch.chunks:
-            self.drafter.prefill(batch.chunks)
+        self.drafter.before(batch, writes)
         unknown = {sequence: draft for sequence, draft in batch.drafts.items() if draft[0] < 0}
         if not unknown:
             return None

@@ -19,7 +19,7 @@ _GPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels
 _MANY = 256
 """Programs that the layers of all models in the process may have."""
 
-_CALL = "_compiled_call_impl"
+CALL = "_compiled_call_impl"
 """Where `nn.Module.__call__` looks for a compiled version of the module's call."""
 
 
@@ -53,19 +53,19 @@ class CompiledLayers:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Within it the layers' calls are the compiled ones."""
-        before = [layer.__dict__.get(_CALL) for layer in self._layers]
+        before = [layer.__dict__.get(CALL) for layer in self._layers]
         try:
             for layer, call in zip(self._layers, self._calls, strict=True):
-                layer.__dict__[_CALL] = call
+                layer.__dict__[CALL] = call
             # transformers' layers share one function, whose programs are counted for all models together.
             with torch._dynamo.config.patch(recompile_limit=_MANY):
                 yield
         finally:
             for layer, own in zip(self._layers, before, strict=True):
                 if own is None:
-                    layer.__dict__.pop(_CALL, None)
+                    layer.__dict__.pop(CALL, None)
                 else:
-                    layer.__dict__[_CALL] = own
+                    layer.__dict__[CALL] = own
 
 
 def _only_paged(layer: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:

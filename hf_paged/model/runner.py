@@ -18,6 +18,7 @@ from hf_paged.model.compile import CompiledLayers
 from hf_paged.model.cpu import fast_linear
 from hf_paged.model.exact import exact_arithmetic
 from hf_paged.model.fuse import FusedLinears
+from hf_paged.model.hidden import HiddenStates
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, forward
 from hf_paged.model.linear import LeanLinears
@@ -92,6 +93,7 @@ class ModelRunner:
         lean: the other linear layers' way for few rows.
         compiled: layers to run compiled. Should compiling fail they run as they are, with a logged reason.
         exact: compute within `exact_arithmetic`; then the three above must be None.
+        hidden: layers' outputs to keep for others.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class ModelRunner:
         lean: LeanLinears | None = None,
         compiled: CompiledLayers | None = None,
         exact: bool = False,
+        hidden: HiddenStates | None = None,
     ) -> None:
         self.lm = causal_lm(model)
         self.layout = layout
@@ -113,6 +116,7 @@ class ModelRunner:
         self.lean = lean
         self.compiled = compiled
         self._exact = exact
+        self._hidden = hidden
         self._step = _Step()
         self._configs = interface.attention_configs(self.lm)
         self._layers = [
@@ -195,6 +199,8 @@ class ModelRunner:
                 if self.compiled is not None:
                     stack.enter_context(self._pools_on_modules())
                     stack.enter_context(self.compiled.installed())
+                if self._hidden is not None:
+                    stack.enter_context(self._hidden.captured())
                 logits = forward(
                     self.lm, token_ids, positions, self._paged, attention_mask=self._mask, **options
                 )  # fmt: skip

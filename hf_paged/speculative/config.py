@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_TOKENS = {"ngram": 5, "suffix": 24, "draft_model": 5}
+DEFAULT_TOKENS = {"ngram": 5, "suffix": 24, "draft_model": 5, "eagle3": 3}
 """Tokens drafted per step, by method, where nothing is said."""
 
 _SUFFIX = "suffix_decoding_"
@@ -15,12 +15,19 @@ _COUNTS: dict[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "suffix": (_SUFFIX + "max_tree_depth", _SUFFIX + "max_cached_requests"),
     "draft_model": (),
+    "eagle3": (),
 }
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "ngram": (),
     "suffix": (_SUFFIX + "max_spec_factor", _SUFFIX + "min_token_prob"),
     "draft_model": (),
+    "eagle3": (),
 }
+_MODELS = {
+    "draft_model": "a path or a loaded causal LM",
+    "eagle3": "the path of an EAGLE-3 head or a loaded one (hf_paged.speculative.eagle)",
+}
+"""What `model` is, for the methods that draft with one."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,12 @@ class SpeculativeConfig:
     """How tokens are drafted. Two that are equal share a drafter."""
 
     method: str
-    """"ngram", "suffix" or "draft_model"."""
+    """"ngram", "suffix", "draft_model" or "eagle3"."""
     num_speculative_tokens: int
     """The most that are drafted for a sequence in a step."""
     model: Any = None
-    """For "draft_model": a causal LM of transformers with the target's vocabulary, or the path to one."""
+    """For "draft_model": a causal LM of transformers with the target's vocabulary, or the path to one. For "eagle3": an
+    `Eagle3Head`, or the path to one."""
     options: tuple[tuple[str, int | float], ...] = ()
     """What else the method's drafter takes."""
 
@@ -59,9 +67,9 @@ class SpeculativeConfig:
             if name not in known:
                 raise _unknown(name, method)
         model = given.get("model")
-        if method == "draft_model" and model is None:
-            raise ValueError('speculative_config: method "draft_model" needs model=, a path or a loaded causal LM')
-        if method != "draft_model" and model is not None and model != method:
+        if method in _MODELS and model is None:
+            raise ValueError(f'speculative_config: method "{method}" needs model=, {_MODELS[method]}')
+        if method not in _MODELS and model is not None and model != method:
             raise ValueError(f'speculative_config: method "{method}" drafts without a model, got model={model!r}')
         count = given.get("num_speculative_tokens")
         count = DEFAULT_TOKENS[method] if count is None else _count("num_speculative_tokens", count)
@@ -75,7 +83,7 @@ class SpeculativeConfig:
                 f"speculative_config: prompt_lookup_min ({shortest}) must not exceed prompt_lookup_max ({longest})"
             )
         cut = {name.removeprefix(_SUFFIX): value for name, value in options.items()}
-        return cls(method, count, model if method == "draft_model" else None, tuple(sorted(cut.items())))
+        return cls(method, count, model if method in _MODELS else None, tuple(sorted(cut.items())))
 
 
 def speculation_of(

@@ -33,7 +33,7 @@ from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
 from hf_paged.sampling.fused import SlotParams
 from hf_paged.sampling.sampler import Sampler
-from hf_paged.speculative.drafter import Drafter
+from hf_paged.speculative.in_step import InStepDrafter
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def load_draft_model(model: Any, target: ModelLayout, dtype: torch.dtype) -> nn.
     return drafting
 
 
-class DraftModel(Drafter):
+class DraftModel(InStepDrafter):
     """Drafts for the decode rows of a step, just before the target computes them.
 
     Args:
@@ -83,6 +83,7 @@ class DraftModel(Drafter):
     def __init__(self, model: nn.Module, config: EngineConfig, num_tokens: int) -> None:
         self._lm, self._most = causal_lm(model), num_tokens
         self.layout = layout = inspect_model(model)
+        self.layers = layout.layers
         on_gpu = layout.device.type == "cuda"
         self.dtype = layout.kv_dtype
         self._backend = choose_backend(config.attention_backend, layout.device, self.dtype, self.dtype, layout.layers)
@@ -118,8 +119,6 @@ class DraftModel(Drafter):
     # ---- pages and graphs --------------------------------------------------------------------------------------
 
     def allocate(self, num_pages: int, inputs: InputBuilder) -> KVStorage:
-        """Makes the pools, and what is bound to their addresses. Returns them, for the caller to copy, wipe and
-        release together with the target's."""
         storage = KVStorage(
             self.layout.layers,
             num_pages,
@@ -143,7 +142,6 @@ class DraftModel(Drafter):
         return storage
 
     def make_graphs(self, max_num_seqs: int, max_rows: int) -> None:
-        """Graphs over the pools as they are; those that were there are dropped."""
         self._graphs = None
         if self._captures:
             shape = max_num_seqs, self._inputs.block_table.shape[1], self._inputs.page_size, max_rows
@@ -151,27 +149,25 @@ class DraftModel(Drafter):
             self._graphs = DecodeGraphs(self._runner, backend, *shape, in_flight=self._most + 2)
 
     def signs(self) -> tuple[Any, ...]:
-        """What graphs and aliases depend on beside the pools."""
         return self._watch.signs()
 
     def drop(self) -> None:
-        """Lets go of the pools."""
         self._graphs = None
         self._seen.clear()
         self._runner.close()
 
     def close(self) -> None:
-        """Lets go of the fused linear layers, after the pools."""
         if self._fused is not None:
             self._watch.forget()
             self._fused.release()
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def write_pages(self, writes: np.ndarray | None) -> None:
-        """Enters changes of the block table, as in `DecodeGraphs.write_pages`."""
+    def before(self, batch: Batch, writes: np.ndarray | None) -> None:
         if writes is not None and self._graphs is not None:
             self._graphs.write_pages(writes)
+        if batch.chunks:
+            self.prefill(batch.chunks)
 
     def prefill(self, chunks: list[Chunk]) -> None:
         """Computes keys and values of the same pieces of prompts that the target computes in this step."""
@@ -187,15 +183,6 @@ class DraftModel(Drafter):
             self._runner.forward(replace(inputs, logit_rows=np.zeros(1, dtype=np.int64)))
 
     def draft(self, drafts: dict[Sequence, list[int]], params: SlotParams | None, sampler: Sampler) -> Tensor | None:
-        """Draws the tokens of `drafts`, whose lengths say how many.
-
-        Args:
-            params: for graphs: sampling parameters by slot. None is without graphs.
-            sampler: without graphs, what draws; `drafts` then hold the tokens on return.
-
-        Returns:
-            with graphs, int64 `[N]`: all drafts' tokens one after another, on the device.
-        """
         self._catch_up(drafts)
         steps = range(max(map(len, drafts.values())))
         rows = [[_row(s, draft, j) for s, draft in drafts.items() if len(draft) > j] for j in steps]
