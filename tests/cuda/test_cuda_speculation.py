@@ -10,6 +10,7 @@ import torch
 from gpu_models import PROMPTS, assert_idle, captured, make, needs_gpu, wrap
 from models.families import VOCAB
 from speculative.drafters import Alternating, Always, Constant, Random
+from speculative.test_eagle import make_head
 
 import hf_paged
 from hf_paged import SamplingParams
@@ -103,4 +104,27 @@ def test_many_drafts_are_in_flight_before_anything_is_read(expected: dict[str, A
     for _ in range(3):
         assert tokens_of(model.generate_many(PROMPTS, SAMPLING["greedy"])) == expected["greedy"]
     assert model.engine.speculator.stats["draft_model"].acceptance_rate > 0.99
+    hf_paged.unwrap(model)
+
+
+@pytest.mark.parametrize("options", ["graphs", "no graphs", "small pool", "compiled"])
+def test_an_eagle3_head(options: str) -> None:
+    """Hidden states are read where graphs, compiled layers and plain forwards leave them."""
+    target = make("Llama", num_hidden_layers=6)
+    plain = wrap(copy.deepcopy(target), compile="off")
+    expected = {name: tokens_of(plain.generate_many(PROMPTS, params)) for name, params in SAMPLING.items()}
+    hf_paged.unwrap(plain)
+    head = make_head()
+    config = {"method": "eagle3", "model": head, "num_speculative_tokens": 3}
+    model = wrap(target, speculative_config=config, **OPTIONS[options])
+    accepted = []
+    for pace in (Always(), Alternating()):
+        model.engine.speculator.pace = pace
+        for name, params in SAMPLING.items():
+            assert tokens_of(model.generate_many(PROMPTS, params)) == expected[name], name
+        stats = model.engine.speculator.stats["eagle3"]
+        accepted.append(stats.num_accepted_tokens)
+        assert stats.num_drafts > 20
+    assert accepted[-1] > 0
+    assert_idle(model)
     hf_paged.unwrap(model)
