@@ -225,7 +225,7 @@ class _Race:
     ) -> tuple[float, list[list[int]]]:
         engine = self.engine
         engine.reset_prefix_cache()
-        engine.intake.speculation, engine.speculator.pace = way, Pace()
+        engine.intake.speculation, engine.speculator.pace = way, Pace(engine.speculator.max_rows // 8)
         params = [
             hf_paged.SamplingParams(
                 n=work.samples, temperature=work.temperature, max_tokens=tokens, seed=seed * 1000 + i, detokenize=False,

@@ -81,6 +81,11 @@ class Scheduler:
         return self._num_waiting
 
     @property
+    def can_admit(self) -> bool:
+        """Whether something waits and there is a slot for it."""
+        return bool(self._num_waiting and self._slots)
+
+    @property
     def num_available_pages(self) -> int:
         """Pages free now, or after eviction of cached ones."""
         return self.pool.num_free + self.tree.num_evictable

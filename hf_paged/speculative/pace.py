@@ -2,7 +2,8 @@
 
 A verification costs more than a decode step, the host drafts while the device waits, and what it brings depends on the
 text. None of that is known beforehand, so tokens per second are measured both ways, apart for each size of batch (by
-powers of two), and the slower way is tried again after ever longer times.
+powers of two). The way that was slower is tried again for a few steps after ever longer times, as long as such trials
+have not cost more than a small share of all time.
 """
 
 from __future__ import annotations
@@ -10,18 +11,27 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-FIRST_TRIAL, TRIAL = 8, 4
-"""Steps that a way is tried for, at first and later."""
+FIRST = 8
+"""Steps before the other way is tried for the first time."""
+TRIAL = 4
+"""Steps of a trial."""
 SHORTEST, LONGEST = 32, 2048
-"""Steps between two trials of the slower way."""
+"""Steps between two trials."""
+SHARE = 0.01
+"""Of all time, what trials may have lost before another one begins."""
 BETTER = 1.02
 """How much faster a way must be to take over."""
 
 
 class Pace:
-    """Measures and decides."""
+    """Measures and decides.
 
-    def __init__(self) -> None:
+    Args:
+        optimistic: up to so many sequences it begins with speculating, beyond with plain steps.
+    """
+
+    def __init__(self, optimistic: int = 32) -> None:
+        self._optimistic = optimistic
         self._races: dict[int, _Race] = {}
 
     def speculates(self, num_seqs: int) -> bool:
@@ -37,38 +47,47 @@ class Pace:
     def _race(self, num_seqs: int) -> _Race:
         size = num_seqs.bit_length()
         if size not in self._races:
-            self._races[size] = _Race()
+            self._races[size] = _Race(num_seqs <= self._optimistic)
         return self._races[size]
 
 
 class _Race:
     """Of the two ways, at one size of batch."""
 
-    def __init__(self) -> None:
-        self._faster, self._trying = True, False
-        self._left, self._wait, self._trial = FIRST_TRIAL, SHORTEST // 4, FIRST_TRIAL
-        self._steps: dict[bool, deque[tuple[int, float]]] = {way: deque(maxlen=FIRST_TRIAL) for way in (True, False)}
+    def __init__(self, first: bool) -> None:
+        self._faster, self._in_trial = first, 0
+        self._left = self._wait = FIRST
+        self._seconds = self._lost = 0.0
+        self._steps: dict[bool, deque[tuple[int, float]]] = {way: deque(maxlen=FIRST) for way in (True, False)}
 
     @property
     def way(self) -> bool:
-        return self._faster != self._trying
+        return self._faster != bool(self._in_trial)
 
     def landed(self, tokens: int, seconds: float) -> None:
         self._steps[self.way].append((tokens, seconds))
+        self._seconds += seconds
+        if self._in_trial:
+            self._in_trial -= 1
+            if not self._in_trial:
+                self._compare()
+            return
         self._left -= 1
-        if self._left:
-            return
-        if not self._trying:
-            self._trying, self._left, self._trial = True, self._trial, TRIAL
-            self._steps[self.way].clear()
-            return
-        if self._rate(not self._faster) > BETTER * self._rate(self._faster):
+        if self._left <= 0 and self._lost <= SHARE * self._seconds:
+            self._in_trial = TRIAL
+            self._steps[not self._faster].clear()
+
+    def _compare(self) -> None:
+        known, tried = self._rate(self._faster), self._rate(not self._faster)
+        if tried > BETTER * known:
             self._faster, self._wait = not self._faster, SHORTEST
         else:
-            self._wait = min(4 * self._wait, LONGEST)
-        self._trying, self._left = False, self._wait
+            steps = self._steps[not self._faster]
+            self._lost += max(0.0, sum(seconds - tokens / known for tokens, seconds in steps))
+            self._wait = min(max(SHORTEST, 4 * self._wait), LONGEST)
+        self._left = self._wait
 
     def _rate(self, way: bool) -> float:
         """Tokens per second. The median of the steps' times, since some compile or capture something."""
         steps = self._steps[way]
-        return sum(tokens for tokens, _ in steps) / max(len(steps) * median(s for _, s in steps), 1e-9)
+        return max(sum(t for t, _ in steps), 1) / max(len(steps) * median(s for _, s in steps), 1e-9)
