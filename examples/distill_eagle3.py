@@ -56,6 +56,7 @@ def new_head(model, draft_tokens):
     with torch.no_grad():
         head.draft_tokens(draft_tokens)
         head.lm_head.weight.copy_(lm.lm_head.weight[draft_tokens])
+        head.lm_head.requires_grad_(False)  # a few thousand tokens would only spoil it
         head.norm.load_state_dict(lm.model.norm.state_dict())
         head.fc.weight.normal_(std=0.002)
         head.fc.weight[:, -size:] += torch.eye(size)
@@ -75,11 +76,12 @@ def new_head(model, draft_tokens):
 def lessons(model, head, outputs):
     """Per answer: its tokens, the three hidden states side by side, the final ones, and the prompt's length."""
     found = []
-    for output in outputs:
-        tokens = torch.tensor(output.prompt_token_ids + output.outputs[0].token_ids)
+    answers = [(output.prompt_token_ids, answer.token_ids) for output in outputs for answer in output.outputs]
+    for prompt, answer in answers:
+        tokens = torch.tensor(prompt + answer)
         states = model.model(tokens[None], output_hidden_states=True).hidden_states
         aux = torch.cat([states[i + 1][0] for i in head.aux_layers(model.config.num_hidden_layers)], dim=-1)
-        found.append((tokens, aux, states[-1][0], len(output.prompt_token_ids)))
+        found.append((tokens, aux, states[-1][0], len(prompt)))
     return found
 
 
@@ -129,7 +131,8 @@ def loss_of(model, head, batch):
 
 
 def train(model, head, data, seconds, batch_size=4, rate=5e-4):
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, betas=(0.9, 0.95))
+    learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, betas=(0.9, 0.95))
     begin, told = time.monotonic(), 0.0
     for count in itertools.count(1):
         passed = (time.monotonic() - begin) / seconds
@@ -139,7 +142,7 @@ def train(model, head, data, seconds, batch_size=4, rate=5e-4):
         batch = [data[i] for i in torch.randint(len(data), (batch_size,))]
         loss, agreed = loss_of(model, head, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if passed >= told:
@@ -162,7 +165,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=240, help="of training")
     parser.add_argument("--prompts", type=int, default=len(TASKS) * len(TOPICS), help="to learn from")
-    parser.add_argument("--max-tokens", type=int, default=80, help="per answer")
+    parser.add_argument("--max-tokens", type=int, default=64, help="per answer")
     parser.add_argument("--draft-vocab", type=int, default=4096, help="the most frequent tokens, which are drafted")
     parser.add_argument("--out", default="eagle3-smollm2", help="folder for the head")
     options = parser.parse_args()
@@ -173,9 +176,9 @@ def main():
     hf_paged.wrap(model, tokenizer=tokenizer)
     print("The model answers ...")
     start = time.perf_counter()
-    sampling = hf_paged.SamplingParams(temperature=0.7, top_p=0.95, seed=1, max_tokens=options.max_tokens)
+    sampling = hf_paged.SamplingParams(n=2, temperature=0.7, top_p=0.95, seed=1, max_tokens=options.max_tokens)
     outputs = model.generate_many(chats(TOPICS)[: options.prompts], sampling)
-    answers = torch.tensor([token for output in outputs for token in output.outputs[0].token_ids])
+    answers = torch.tensor([token for output in outputs for answer in output.outputs for token in answer.token_ids])
     print(f"  {len(answers)} tokens in {time.perf_counter() - start:.0f} s")
 
     frequency = torch.bincount(answers, minlength=model.config.vocab_size)
