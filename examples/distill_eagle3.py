@@ -2,7 +2,8 @@
 
 The head learns to say what the target would say, over several steps of its own: from the second one on it goes by its
 own output where the target's hidden states are not known yet (the paper's training-time test). It begins as a copy of
-the target's last layer and of its output embedding, so that minutes on a CPU bring something.
+the target's last layer and of its output embedding. Minutes on a CPU, on 20,000 tokens, show how it goes (an acceptance
+length of about 1.4 on prompts about something else); published heads learn from some hundred thousand answers.
 
 python examples/distill_eagle3.py --seconds 240 --out eagle3-smollm2
 """
