@@ -6,8 +6,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from models.families import make_model
 from models.tiny_tokenizer import make_tokenizer
+
+from hf_paged.speculative.eagle import load_head
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -19,6 +22,19 @@ def small_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         request.getfixturevalue("smollm2_dir")
     else:
         monkeypatch.setattr("hf_paged.bench.models.load_smollm2", lambda: (make_model("Llama"), make_tokenizer()))
+
+
+def test_distill_eagle3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a second a head learns little, but it is saved, and drafts."""
+    model = make_model("Llama", num_hidden_layers=6, tie_word_embeddings=False)
+    monkeypatch.setattr("hf_paged.bench.models.load_smollm2", lambda: (model, make_tokenizer()))
+    sizes = {"seconds": 1, "prompts": 3, "max-tokens": 10, "draft-vocab": 40, "out": tmp_path}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    monkeypatch.setattr("sys.argv", ["distill_eagle3.py", *options])
+    runpy.run_path(str(EXAMPLES / "distill_eagle3.py"), run_name="__main__")
+    assert load_head(tmp_path, torch.float32).draft_vocab_size == 40
+    said = capsys.readouterr().out
+    assert "loss" in said and said.count("acceptance length") == 2
 
 
 def test_async_rl(small_model: None, capsys: pytest.CaptureFixture[str]) -> None:

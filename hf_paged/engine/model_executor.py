@@ -56,7 +56,7 @@ class ModelExecutor(Executor):
     sampled before `launch` returns.
 
     Args:
-        speculation: may name a draft model.
+        speculation: may name a draft model or head.
 
     Raises:
         UnsupportedModelError: the model cannot be paged.

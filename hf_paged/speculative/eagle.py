@@ -176,9 +176,11 @@ class Eagle3Head(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.to_diff_dict() | {"architectures": [ARCHITECTURE], "num_hidden_layers": 1}
-        config["draft_vocab_size"] = self.draft_vocab_size
-        rope: Any = self.config.rope_parameters
-        config["rope_theta"] = rope["rope_theta"]  # where readers of an older config look
+        config |= {"draft_vocab_size": self.draft_vocab_size, "dtype": str(self.fc.weight.dtype).removeprefix("torch.")}
+        # Said in the older way, which everybody reads.
+        rope: Any = dict(config.pop("rope_parameters"))
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

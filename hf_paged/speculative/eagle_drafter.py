@@ -51,7 +51,7 @@ class _Rows:
         return self.start + len(self.hidden)
 
     def then(self, start: int, hidden: Tensor) -> _Rows:
-        """These and the ones that come after them; those alone where there is a gap between, or an overlap."""
+        """These and the ones that come after them; the new ones alone where they do not begin at the end of these."""
         return _Rows(self.start, torch.cat([self.hidden, hidden])) if self.end == start else _Rows(start, hidden)
 
 
@@ -62,6 +62,7 @@ class _Pairs:
     sequence: Sequence
     start: int
     hidden: Tensor
+    """`[len, H]`."""
 
 
 class Eagle3Drafter(InStepDrafter):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from speculative.drafters import Always
+from speculative.drafters import Alternating, Always
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
@@ -23,6 +23,7 @@ from hf_paged.model import graphs, mixed_graphs
 from hf_paged.sampling import device
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.draft_model import DraftModel
+from hf_paged.speculative.eagle import Eagle3Head
 from hf_paged.state import build_engine
 
 pytest.importorskip("triton")
@@ -271,6 +272,39 @@ def drafting_engine(
     engine.speculator.pace = Always()
     engine.intake.speculation = speculation
     return engine, recorder
+
+
+def test_hidden_states_of_replays(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs leave them where they can be found after each replay, whatever ran in between."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    deep = LlamaForCausalLM(config).eval()
+    config = copy.deepcopy(config)
+    config.eagle_aux_hidden_state_layer_ids = [1, 1, 1]
+    head = Eagle3Head(config)
+    options: dict[str, Any] = {"speculative_config": {"method": "eagle3", "model": head, "num_speculative_tokens": 2}}
+    engine, recorder = graph_engine(deep, monkeypatch, lookahead=True, **options)
+    executor: Any = engine.executor
+    hidden = executor.drafter.hidden
+    hidden.fix(16, config.hidden_size, torch.float32, torch.device("cpu"))
+    executor._mixed = None
+    engine.speculator.pace = Alternating()
+    seen: list[tuple[int, bool]] = []
+    after = executor.drafter.after
+
+    def watched(batch: Any) -> None:
+        # What a replay has not left in the fixed place would be missed on a GPU, where nothing else runs.
+        if batch.num_tokens <= 16:
+            hidden._found = []
+        seen.append((batch.num_tokens, bool(batch.drafts)))
+        after(batch)
+
+    monkeypatch.setattr(executor.drafter, "after", watched)
+    sampling = hf_paged.SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    assert run(engine, sampling) == stock(deep, 9)
+    assert recorder.count >= 5 and engine.speculator.stats["eagle3"].num_drafts > 3
+    assert {drafts for _, drafts in seen} == {True, False} and max(count for count, _ in seen) > 16
 
 
 SAMPLED = {"n": 2, "temperature": 0.8, "top_p": 0.9, "seed": 4}
