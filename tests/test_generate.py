@@ -548,7 +548,6 @@ STOCK: dict[str, Any] = {
     "static cache": lambda: {**BATCH, "cache_implementation": "static"},
     "hidden states": lambda: {**BATCH, "output_hidden_states": True, "return_dict_in_generate": True},
     "inputs_embeds": lambda: {"inputs_embeds": torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))},
-    "prompt lookup": lambda: {"input_ids": BATCH["input_ids"][2:3], "prompt_lookup_num_tokens": 3},
     "guidance_scale": lambda: {**BATCH, "guidance_scale": 1.5},
 }
 
@@ -599,13 +598,16 @@ def test_ones_own_cache_is_filled(stock: Any, model: Any, stock_lines: Any) -> N
     assert len(stock_lines()) == 1
 
 
-def test_assisted_generation(stock: Any, model: Any, stock_lines: Any) -> None:
-    ids = torch.tensor([PROMPTS[2]])
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_assisted_generation(stock: Any, model: Any, stock_lines: Any, how: str) -> None:
+    """Over pages, and as many rows at once as there are: stock takes one."""
     assistant = make_model("Llama", seed=3, num_hidden_layers=1)
-    options = {"do_sample": False, "max_new_tokens": 8, "assistant_model": assistant}
-    expected = stock.generate(ids, do_sample=False, max_new_tokens=8)
-    assert torch.equal(model.generate(ids, **options), expected)
-    assert len(stock_lines()) == 1
+    how_to = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    options = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, **how_to}
+    for batch in ({"input_ids": torch.tensor([PROMPTS[2]])}, BATCH):
+        expected = stock.generate(**batch, do_sample=False, max_new_tokens=8)
+        assert torch.equal(model.generate(**batch, **options).sequences, expected)
+    assert not stock_lines()
 
 
 def test_a_wrapped_assistant(stock: Any) -> None:

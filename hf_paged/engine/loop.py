@@ -76,7 +76,7 @@ class StepLoop:
     def _launch(self, retry: bool = False) -> _Flight | None:
         start, running = time.monotonic(), self.scheduler.running
         # A batch that is about to grow may be too large for drafts in a moment.
-        speculates = self._flight is None and not self.scheduler.can_admit and self.speculator.wants(len(running))
+        speculates = self._flight is None and not self.scheduler.growing and self.speculator.wants(len(running))
         batch = self.scheduler.schedule(self.speculator.propose(running) if speculates else None)
         if not batch:
             return None

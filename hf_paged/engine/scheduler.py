@@ -64,6 +64,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._num_waiting = 0
         self._arrivals = 0
+        self._admitted = False
         self._configured = max_num_batched_tokens, max_num_seqs
         self._reset_pages(0)
 
@@ -81,9 +82,9 @@ class Scheduler:
         return self._num_waiting
 
     @property
-    def can_admit(self) -> bool:
-        """Whether something waits and there is a slot for it."""
-        return bool(self._num_waiting and self._slots)
+    def growing(self) -> bool:
+        """Whether the last step let something in, and more is waiting."""
+        return self._admitted and self._num_waiting > 0
 
     @property
     def num_available_pages(self) -> int:
@@ -185,7 +186,7 @@ class Scheduler:
         batch = Batch()
         budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
         self._room_for_logits = self.max_prompt_logits
-        preempted = False
+        self._admitted = preempted = False
         decodes, page_size, running = batch.decodes, self.page_size, self.running
         i = 0
         while i < len(running):
@@ -408,6 +409,7 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             chunk = self._start(sequence, path, slots, budget)
+            self._admitted = True
             budget -= chunk.length
             batch.chunks.append(chunk)
             if (key := self._page_in_progress(chunk)) is not None:

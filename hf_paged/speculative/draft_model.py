@@ -176,7 +176,8 @@ class DraftModel(InStepDrafter):
             length = min(chunk.length, longest - chunk.start)
             if length > 0:
                 pieces.append(Chunk(chunk.sequence, chunk.start, length, []))
-                self._seen[chunk.sequence] = chunk.start + length, []
+                if _ours(chunk.sequence):
+                    self._seen[chunk.sequence] = chunk.start + length, []
         if pieces:
             inputs = self._inputs.build(Batch(chunks=pieces))
             # One row, as not every model's forward can do without any.
@@ -256,6 +257,12 @@ class DraftModel(InStepDrafter):
             drawn.append(graphs.tokens[: len(now)].clone())
         order = [starts[j] + place for j, place in _by_sequence(rows)]
         return torch.cat(drawn)[self._runner.upload(np.array(order, dtype=np.int64))]
+
+
+def _ours(sequence: Sequence) -> bool:
+    """Whether it is drafted for here; other requests' pages are kept all the same, for those that share them."""
+    speculation = sequence.request.speculation
+    return speculation is not None and speculation.method == DraftModel.name
 
 
 def _row(sequence: Sequence, draft: list[int], place: int) -> Sequence:
