@@ -128,6 +128,9 @@ def _count(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"speculative_config: {name} must be a number of 0 or more, got {value!r}")
+    most = 1.0 if name.endswith("_prob") else float("inf")
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 <= value <= most or value == float("inf"):
+        bounds = "from 0 to 1" if most == 1.0 else "of 0 or more"
+        raise ValueError(f"speculative_config: {name} must be a number {bounds}, got {value!r}")
     return float(value)

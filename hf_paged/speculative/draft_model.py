@@ -28,7 +28,7 @@ from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.model.introspect import ModelLayout, causal_lm, dry_forward, inspect_model
 from hf_paged.model.linear import LeanLinears
-from hf_paged.model.runner import ModelRunner
+from hf_paged.model.runner import ModelRunner, first_line
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
 from hf_paged.sampling.fused import SlotParams
@@ -50,13 +50,19 @@ def load_draft_model(model: Any, target: ModelLayout, dtype: torch.dtype) -> nn.
         model: a causal LM of transformers, or the name or path of one; that is loaded in `dtype`.
 
     Raises:
+        FileNotFoundError: there is none by that name.
         ValueError: its vocabulary is not the target's.
         UnsupportedModelError: it cannot be paged.
     """
     if isinstance(model, str | Path):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"no draft model can be loaded from {str(model)!r} ({first_line(error)})"
+            ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"the draft model must be a causal LM of transformers, or a path to one; got {model!r}")
     drafting = model.to(target.device).eval()
