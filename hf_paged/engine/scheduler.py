@@ -264,7 +264,8 @@ class Scheduler:
         """What of a draft can be verified: nobody is preempted for it."""
         most = min(len(draft), budget, sequence.request.max_tokens - sequence.num_generated - 1)
         known = len(sequence.tokens)
-        free = self.num_available_pages - 1  # one may go for a copy of the last page
+        # Each that runs may need one in this step, for its next token or a copy of its last page.
+        free = self.num_available_pages - len(self.running)
         while most > 0 and self.pages_for(known + most) - max(len(sequence.pages), self.pages_for(known)) > free:
             most -= 1
         return draft[: max(most, 0)]
