@@ -142,7 +142,13 @@ class PagedSampling:
 
     def _speculation(self, config: GenerationConfig, assistant: Any) -> SpeculativeConfig:
         if config.prompt_lookup_num_tokens is not None:
-            longest = config.max_matching_ngram_size or 2  # as in transformers, down to single tokens
+            longest = 2 if config.max_matching_ngram_size is None else config.max_matching_ngram_size
+            if config.prompt_lookup_num_tokens < 1 or longest < 1:
+                raise ValueError(
+                    "prompt_lookup_num_tokens and max_matching_ngram_size must be positive, got "
+                    f"{config.prompt_lookup_num_tokens} and {longest}"
+                )
+            # As in transformers, n-grams down to single tokens.
             options = (("prompt_lookup_max", longest), ("prompt_lookup_min", 1))
             return SpeculativeConfig("ngram", config.prompt_lookup_num_tokens, options=options)
         if assistant is None:

@@ -32,9 +32,8 @@ def page_bytes(layers: list[LayerSpec], page_size: int, dtype: torch.dtype) -> i
 
 def choose_num_pages(
     config: EngineConfig,
-    layers: list[LayerSpec],
     page_size: int,
-    dtype: torch.dtype,
+    size: int,
     device: torch.device,
     max_model_len: int,
     max_num_seqs: int,
@@ -43,6 +42,7 @@ def choose_num_pages(
     """Pages for the pool: what the config says, else what fits in the memory that is free.
 
     Args:
+        size: bytes of a page, as `page_bytes` says; the sum, where several pools have pages of the same numbers.
         max_model_len, max_num_seqs: so long and so many sequences are the most that could be used.
         reserved_bytes: of that, what is to be left for other things.
 
@@ -51,7 +51,6 @@ def choose_num_pages(
     """
     if config.num_pages is not None:
         return config.num_pages
-    size = page_bytes(layers, page_size, dtype)
     budget = config.kv_cache_memory_bytes
     if budget is None:
         budget = _free_bytes(device, config.gpu_memory_utilization) - reserved_bytes

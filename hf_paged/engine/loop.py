@@ -260,13 +260,13 @@ class StepLoop:
                 continue
             if finished:
                 request.metrics.finished_time = time.monotonic()
+                self.speculator.end(request)  # before anybody is told: an interrupt of it must not tell them twice
             output = self._output(request)
             if output is not None:
                 _, deliver = self._requests[request.request_id]
                 (deliver or self._unclaimed.append)(output)
             if finished:
                 self._ids.discard(request.request_id)
-                self.speculator.end(request)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
         if self.gate.closed:
@@ -289,7 +289,7 @@ class StepLoop:
             step=stats.steps,
             start_s=start,
             duration_s=time.monotonic() - start,
-            decodes=[_name(sequence) for sequence in batch.decodes],
+            decodes=[_name(row) for row in batch.decodes if row is row.origin],
             chunks=[(*_name(chunk.sequence), chunk.length) for chunk in batch.chunks],
             num_waiting=self.scheduler.num_waiting,
             active_pages=self.scheduler.num_active_pages,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_paged.attention.backend import AttentionBackend
 from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
-from hf_paged.cache.storage import KVStorage, choose_num_pages
+from hf_paged.cache.storage import KVStorage, choose_num_pages, page_bytes
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
@@ -130,9 +130,8 @@ class ModelExecutor(Executor):
             activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
         self.num_pages = choose_num_pages(
             config,
-            layout.layers + (self.drafter.layers if self.drafter is not None else []),
             self.page_size,
-            self._kv_dtype,
+            self._page_bytes(),
             device,
             self.max_model_len,
             self.max_num_seqs,
@@ -149,6 +148,12 @@ class ModelExecutor(Executor):
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
+
+    def _page_bytes(self) -> int:
+        size = page_bytes(self.layout.layers, self.page_size, self._kv_dtype)
+        if self.drafter is not None:
+            size += page_bytes(self.drafter.layers, self.page_size, self.drafter.dtype)
+        return size
 
     def _fuse(self) -> FusedLinears | None:
         if not self._fuses:

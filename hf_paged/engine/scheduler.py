@@ -187,6 +187,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
         self._room_for_logits = self.max_prompt_logits
         self._admitted = preempted = False
+        for_drafts = self._budget_for_drafts(budget) if drafts else 0
         decodes, page_size, running = batch.decodes, self.page_size, self.running
         i = 0
         while i < len(running):
@@ -205,9 +206,10 @@ class Scheduler:
                     continue
                 budget -= length - 1
             draft = drafts.get(sequence) if drafts else None
-            if draft and length == 1 and (draft := self._fitting(draft, sequence, budget)):
+            if draft and length == 1 and (draft := self._fitting(draft, sequence, min(for_drafts, budget))):
                 batch.drafts[sequence] = draft
                 budget -= len(draft)
+                for_drafts -= len(draft)
                 length += len(draft)
             end = start + length
             if end > len(sequence.pages) * page_size or sequence.may_share_tail:
@@ -266,11 +268,17 @@ class Scheduler:
 
     # ---- pages ---------------------------------------------------------------------------------------------
 
+    def _budget_for_drafts(self, budget: int) -> int:
+        """Half of it where prompts wait for the other half."""
+        prefills = any(len(s.tokens) + s.num_pending - s.num_computed > 1 for s in self.running)
+        return budget // 2 if self._num_waiting or prefills else budget
+
     def _fitting(self, draft: list[int], sequence: Sequence, budget: int) -> list[int]:
         """What of a draft can be verified: nobody is preempted for it."""
         most = min(len(draft), budget, sequence.request.max_tokens - sequence.num_generated - 1)
         known = len(sequence.tokens)
-        free = self.num_available_pages - 1  # one may go for a copy of the last page
+        # Each that runs may need one in this step, for its next token or a copy of its last page.
+        free = self.num_available_pages - len(self.running)
         while most > 0 and self.pages_for(known + most) - max(len(sequence.pages), self.pages_for(known)) > free:
             most -= 1
         return draft[: max(most, 0)]

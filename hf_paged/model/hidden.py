@@ -31,10 +31,11 @@ class HiddenStates:
         self._fixed = torch.zeros(num_rows, len(self._layers), hidden_size, dtype=dtype, device=device)
 
     def rows(self, count: int) -> Tensor:
-        """`[count, len(layers) * H]`, of the first rows of the last forward. A later one may write over it."""
+        """`[count, len(layers) * H]`, of the first rows of the last forward; it can be asked for once."""
         if self._fixed is not None and count <= len(self._fixed):
             return self._fixed[:count, self._order].flatten(1)
-        return torch.cat([self._found[place][:count] for place in self._order], dim=-1)
+        found, self._found = self._found, []  # of a step with prefill they are large
+        return torch.cat([found[place][:count] for place in self._order], dim=-1)
 
     @contextmanager
     def captured(self) -> Iterator[None]:

@@ -11,15 +11,18 @@ DEFAULT_TOKENS = {"ngram": 5, "suffix": 24, "draft_model": 5, "eagle3": 3}
 """Tokens drafted per step, by method, where nothing is said."""
 
 _SUFFIX = "suffix_decoding_"
+_NO_HISTORY = _SUFFIX + "max_cached_requests"
+"""May be 0: then nothing is kept of earlier calls."""
+_PROBABILITY = _SUFFIX + "min_token_prob"
 _COUNTS: dict[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
-    "suffix": (_SUFFIX + "max_tree_depth", _SUFFIX + "max_cached_requests"),
+    "suffix": (_SUFFIX + "max_tree_depth", _NO_HISTORY),
     "draft_model": (),
     "eagle3": (),
 }
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "ngram": (),
-    "suffix": (_SUFFIX + "max_spec_factor", _SUFFIX + "min_token_prob"),
+    "suffix": (_SUFFIX + "max_spec_factor", _PROBABILITY),
     "draft_model": (),
     "eagle3": (),
 }
@@ -45,7 +48,7 @@ class SpeculativeConfig:
     """What else the method's drafter takes."""
 
     def __hash__(self) -> int:
-        return hash((self.method, self.num_speculative_tokens, id(self.model), self.options))
+        return hash((self.method, self.num_speculative_tokens, self.options))  # a model need not have a hash
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
@@ -57,8 +60,10 @@ class SpeculativeConfig:
         """
         if not isinstance(given, Mapping):
             raise TypeError(f'speculative_config must be a dict like {{"method": "ngram"}}, got {given!r}')
-        method = given.get("method")
-        if method is None and given.get("model") is not None:
+        method, model = given.get("method"), given.get("model")
+        if isinstance(model, str) and model in ("ngram", "[ngram]") and method in (None, "ngram"):
+            method, model = "ngram", None
+        if method is None and model is not None:
             method = "draft_model"
         if not isinstance(method, str) or method not in DEFAULT_TOKENS:
             raise ValueError(f"speculative_config: method must be one of {', '.join(DEFAULT_TOKENS)}; got {method!r}")
@@ -66,7 +71,6 @@ class SpeculativeConfig:
         for name in given:
             if name not in known:
                 raise _unknown(name, method)
-        model = given.get("model")
         if method in _MODELS and model is None:
             raise ValueError(f'speculative_config: method "{method}" needs model=, {_MODELS[method]}')
         if method not in _MODELS and model is not None and model != method:
@@ -74,9 +78,13 @@ class SpeculativeConfig:
         count = given.get("num_speculative_tokens")
         count = DEFAULT_TOKENS[method] if count is None else _count("num_speculative_tokens", count)
         options: dict[str, int | float] = {
-            name: _count(name, given[name]) for name in _COUNTS[method] if given.get(name) is not None
+            name: _count(name, given[name], 0 if name == _NO_HISTORY else 1)
+            for name in _COUNTS[method]
+            if given.get(name) is not None
         }
         options |= {name: _number(name, given[name]) for name in _NUMBERS[method] if given.get(name) is not None}
+        if options.get(_PROBABILITY, 0) > 1:
+            raise ValueError(f"speculative_config: {_PROBABILITY} is a probability, got {options[_PROBABILITY]}")
         shortest, longest = options.get("prompt_lookup_min"), options.get("prompt_lookup_max")
         if shortest is not None and longest is not None and shortest > longest:
             raise ValueError(
@@ -107,8 +115,7 @@ def speculation_of(
                 '({"method": "ngram"}, say) or speculative_model'
             )
         return None
-    how = {"method": "ngram"} if isinstance(model, str) and model == "[ngram]" else {"model": model}
-    return SpeculativeConfig.parse(how | {"num_speculative_tokens": num_tokens})
+    return SpeculativeConfig.parse({"model": model, "num_speculative_tokens": num_tokens})
 
 
 def _unknown(name: Any, method: str) -> Exception:
@@ -121,16 +128,14 @@ def _unknown(name: Any, method: str) -> Exception:
     return TypeError(f"speculative_config has no option {name!r}. {hint}")
 
 
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"speculative_config: {name} must be a positive integer, got {value!r}")
+def _count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        what = "a positive integer" if least else "an integer of 0 or more"
+        raise ValueError(f"speculative_config: {name} must be {what}, got {value!r}")
     return value
 
 
 def _number(name: str, value: Any) -> float:
-    most = 1.0 if name.endswith("_prob") else float("inf")
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not 0 <= value <= most or value == float("inf"):
-        bounds = "from 0 to 1" if most == 1.0 else "of 0 or more"
-        raise ValueError(f"speculative_config: {name} must be a number {bounds}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"speculative_config: {name} must be a number of 0 or more, got {value!r}")
     return float(value)

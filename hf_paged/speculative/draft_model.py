@@ -21,6 +21,7 @@ from hf_paged.attention.select import choose_backend
 from hf_paged.cache.storage import KVStorage
 from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk, DraftRow
+from hf_paged.engine.defaults import token_budget
 from hf_paged.engine.request import Sequence
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.fuse import FusedLinears, find_groups
@@ -33,7 +34,7 @@ from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
 from hf_paged.sampling.fused import SlotParams
 from hf_paged.sampling.sampler import Sampler
-from hf_paged.speculative.in_step import InStepDrafter
+from hf_paged.speculative.in_step import InStepDrafter, asks_for
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class DraftModel(InStepDrafter):
         self.layers = layout.layers
         on_gpu = layout.device.type == "cuda"
         self.dtype = layout.kv_dtype
+        self._max_rows = config.max_num_batched_tokens or token_budget(layout.device)
         self._backend = choose_backend(config.attention_backend, layout.device, self.dtype, self.dtype, layout.layers)
         self._fused: FusedLinears | None = None
         if config.fuse_linear or (config.fuse_linear is None and on_gpu):
@@ -182,7 +184,7 @@ class DraftModel(InStepDrafter):
             length = min(chunk.length, longest - chunk.start)
             if length > 0:
                 pieces.append(Chunk(chunk.sequence, chunk.start, length, []))
-                if _ours(chunk.sequence):
+                if asks_for(self.name, chunk.sequence):  # nobody says when others are finished
                     self._seen[chunk.sequence] = chunk.start + length, []
         if pieces:
             inputs = self._inputs.build(Batch(chunks=pieces))
@@ -224,13 +226,21 @@ class DraftModel(InStepDrafter):
         return min(known, len(tokens) - 1)
 
     def _catch_up(self, drafts: dict[Sequence, list[int]]) -> None:
-        """Computes what plain decode steps left out, where it is much."""
-        behind = [
-            Chunk(s, known, len(s.tokens) - 1 - known, [])
-            for s in drafts
-            if len(s.tokens) - 1 - (known := self._known_of(s)) > FEW
-        ]
-        self.prefill(behind)
+        """Computes what plain decode steps left out, where it is much; no more at once than a step has."""
+        pieces: list[Chunk] = []
+        room = self._max_rows
+        for sequence in drafts:
+            start, end = self._known_of(sequence), len(sequence.tokens) - 1
+            if end - start <= FEW:
+                continue
+            while start < end:
+                piece = Chunk(sequence, start, min(end - start, room), [])
+                pieces.append(piece)
+                start, room = start + piece.length, room - piece.length
+                if not room:
+                    self.prefill(pieces)
+                    pieces, room = [], self._max_rows
+        self.prefill(pieces)
 
     def _prepared(self, count: int, dependent: bool = False) -> bool:
         if self._graphs is None or not self._graphs.holds(count, dependent):
@@ -263,12 +273,6 @@ class DraftModel(InStepDrafter):
             drawn.append(graphs.tokens[: len(now)].clone())
         order = [starts[j] + place for j, place in _by_sequence(rows)]
         return torch.cat(drawn)[self._runner.upload(np.array(order, dtype=np.int64))]
-
-
-def _ours(sequence: Sequence) -> bool:
-    """Whether it is drafted for here; other requests' pages are kept all the same, for those that share them."""
-    speculation = sequence.request.speculation
-    return speculation is not None and speculation.method == DraftModel.name
 
 
 def _row(sequence: Sequence, draft: list[int], place: int) -> Sequence:

@@ -35,7 +35,7 @@ from hf_paged.sampling.fused import SlotParams
 from hf_paged.sampling.sampler import Sampler
 from hf_paged.speculative.draft_model import UNKNOWN
 from hf_paged.speculative.eagle import Eagle3Head
-from hf_paged.speculative.in_step import InStepDrafter
+from hf_paged.speculative.in_step import InStepDrafter, asks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Eagle3Drafter(InStepDrafter):
         _check(head, lm, target)
         self._head, self._target = head.to(target.device), target
         self._shared_embedding = lm.get_input_embeddings()  # type: ignore[operator]
-        self._dtype = head.fc.weight.dtype
+        self.dtype = head.fc.weight.dtype
         layers = decoder_layers(lm, target.modules)
         self.hidden: HiddenStates = HiddenStates([layers[i] for i in head.aux_layers(len(layers))])
         own: Any = head.config
@@ -96,7 +96,7 @@ class Eagle3Drafter(InStepDrafter):
             scaling=own.head_dim**-0.5,
         )
         self.layers = [self._layer]
-        self._backend = choose_backend(config.attention_backend, target.device, self._dtype, self._dtype, self.layers)
+        self._backend = choose_backend(config.attention_backend, target.device, self.dtype, self.dtype, self.layers)
         self._graphs = target.device.type == "cuda" and config.cuda_graphs
         self._rows: dict[Sequence, _Rows] = {}
         """The newest ones of each sequence that decodes, or is being prefilled."""
@@ -126,7 +126,7 @@ class Eagle3Drafter(InStepDrafter):
             self.layers,
             num_pages,
             inputs.page_size,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self._target.device,
             layout=self._backend.layout,
             remappable=True,
@@ -177,7 +177,7 @@ class Eagle3Drafter(InStepDrafter):
         with self._own_precision():
             fused = self._head.fuse(self.hidden.rows(batch.num_tokens))
         for place, row in enumerate(batch.decodes):
-            if row is row.origin and _ours(row):
+            if row is row.origin and asks_for(self.name, row):
                 hidden = fused[place : place + 1 + len(batch.drafts.get(row, ()))]
                 rows = self._rows.get(row)
                 self._rows[row] = rows.then(row.num_computed, hidden) if rows else _Rows(row.num_computed, hidden)
@@ -193,7 +193,7 @@ class Eagle3Drafter(InStepDrafter):
         rows = _Rows(chunk.start, hidden)
         if sequence in self._rows:
             rows = self._rows[sequence].then(chunk.start, hidden)
-        if _ours(sequence):
+        if asks_for(self.name, sequence):
             for waiting in chunk.samples or [sequence]:
                 self._rows[waiting] = _Rows(rows.end - 1, hidden[-1:].clone())  # not a view of the whole step's
         # At the end of what is known, the last one's token is yet to be sampled.
@@ -244,7 +244,7 @@ class Eagle3Drafter(InStepDrafter):
 
     def _embed(self, tokens: list[int]) -> Tensor:
         embedding = self._head.embed_tokens or self._shared_embedding
-        return functional.embedding(self._upload(tokens), embedding.weight).to(self._dtype)
+        return functional.embedding(self._upload(tokens), embedding.weight).to(self.dtype)
 
     def _own_precision(self) -> torch.autocast:
         """The caller's autocast is for the target."""
@@ -255,12 +255,6 @@ class Eagle3Drafter(InStepDrafter):
         if self._target.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._target.device, non_blocking=True)
-
-
-def _ours(sequence: Sequence) -> bool:
-    """Whether it is drafted for here: requests may say otherwise, and scored ones are never."""
-    request = sequence.request
-    return request.speculation is not None and request.speculation.method == "eagle3" and request.scored is None
 
 
 def _check(head: Eagle3Head, lm: nn.Module, target: ModelLayout) -> None:

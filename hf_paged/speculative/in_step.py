@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hf_paged.attention.backend import LayerSpec
@@ -27,6 +28,8 @@ class InStepDrafter(Drafter, Protocol):
 
     layers: list[LayerSpec]
     """Those that attend over its pages."""
+    dtype: torch.dtype
+    """Of its keys and values."""
     hidden: HiddenStates | None = None
     """What it reads of the target's forwards."""
 
@@ -71,6 +74,12 @@ class InStepDrafter(Drafter, Protocol):
     def after(self, batch: Batch) -> None:
         """The target's forward over the batch is under way."""
         return
+
+
+def asks_for(method: str, sequence: Sequence) -> bool:
+    """Whether a sequence is drafted for by this method: requests may say otherwise, and scored ones are never."""
+    request = sequence.request
+    return request.speculation is not None and request.speculation.method == method and request.scored is None
 
 
 def load_drafter(

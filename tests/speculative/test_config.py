@@ -52,7 +52,7 @@ def test_what_is_taken() -> None:
         (
             {"speculative_config": {"method": "suffix", "suffix_decoding_min_token_prob": 3}},
             ValueError,
-            "must be a number from 0 to 1, got 3",
+            "is a probability, got 3",
         ),
         ({"speculative_config": NGRAM, "speculative_model": "x"}, ValueError, "not both"),
         ({"num_speculative_tokens": 3}, ValueError, "nothing says how"),

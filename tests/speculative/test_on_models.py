@@ -17,6 +17,7 @@ from hf_paged import SamplingParams
 from hf_paged.engine.request import Sequence
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.drafter import Drafter
+from hf_paged.speculative.pace import Pace
 
 PROMPTS = make_prompts([3, 12, 21, 7])
 OPTIONS = {"page_size": 4, "num_pages": 128, "max_num_seqs": 8}
@@ -161,6 +162,43 @@ def test_a_draft_model_in_a_pool_that_is_too_small(llama: Any, pages: int) -> No
     assert model.engine.scheduler.stats.num_preemptions > 0
     assert stats.acceptance_rate > 0.9  # what it missed it caught up with
     check_nothing_left(model.engine)
+
+
+def test_a_draft_model_keeps_nothing_of_others(llama: Any) -> None:
+    """Of requests that are scored, or drafted for otherwise: nobody tells it when these are finished."""
+    model = speculating(llama, method="draft_model", model=make_model("Llama", num_hidden_layers=1))
+    model.score([[5, 6, 7]], [[8, 9, 10]])
+    model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=3, prompt_lookup_num_tokens=2)
+    model.generate_many(PROMPTS, SAMPLING["sampled"])
+    assert model.engine.speculator.stats["draft_model"].num_drafts > 0
+    assert not model.engine.executor.drafter._seen
+
+
+def test_a_draft_model_catches_up_in_pieces(llama: Any) -> None:
+    """After many plain steps of many sequences: no forward has more rows than a step."""
+    config = {"method": "draft_model", "model": copy.deepcopy(llama), "num_speculative_tokens": 3}
+    options = OPTIONS | {"max_num_batched_tokens": 16}
+    model = hf_paged.wrap(copy.deepcopy(llama), **options, speculative_config=config)
+    speculator, runner = model.engine.speculator, model.engine.executor.drafter._runner
+    speculator.pace, rows = Pace(), []
+    speculator.pace.speculates = lambda _: model.engine.stats.steps > 25  # type: ignore[method-assign]
+    forward = runner.forward
+    runner.forward = lambda inputs: rows.append(len(inputs.token_ids)) or forward(inputs)
+    model.generate_many(PROMPTS, SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True))
+    assert sum(rows) > 4 * 15 + sum(map(len, PROMPTS)) and max(rows) <= 16
+    stats = speculator.stats["draft_model"]
+    assert stats.num_accepted_tokens == stats.num_draft_tokens > 10
+
+
+def test_the_draft_models_pages_count(llama: Any) -> None:
+    """Of another dtype than the target's."""
+    size = 1 << 20
+    target = copy.deepcopy(llama).bfloat16()
+    config = {"method": "draft_model", "model": copy.deepcopy(llama).float()}
+    model = hf_paged.wrap(target, page_size=4, kv_cache_memory_bytes=size, speculative_config=config)
+    pools = [pool for storage in model.engine.executor._pools() for pool in (*storage.keys, *storage.values)]
+    taken = sum(pool.numel() * pool.element_size() for pool in pools)
+    assert 0.9 * size < taken <= size
 
 
 def test_a_draft_model_sleeps_along(llama: Any, expected: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from speculative.drafters import CONFIG, Alternating, Constant, Oracle, Random, 
 from hf_paged.engine.batch import DraftRow
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Sequence
+from hf_paged.engine.scheduler import Scheduler
 from hf_paged.sampling_params import SamplingParams
 from hf_paged.speculative.drafter import Drafter
 from hf_paged.speculative.pace import Pace
@@ -77,7 +78,7 @@ def test_going_back_and_forth(kind: str) -> None:
         return launch(batch)
 
     engine.executor.launch = watched  # type: ignore[method-assign]
-    assert Simulation(engine, 1000, wave=60, seed=2).run().finished == 1000
+    assert Simulation(engine, 1000, wave=12, seed=2).run().finished == 1000
     assert {(True, False), (False, True)} <= set(launches)
     assert (True, True) not in launches
     check_nothing_left(engine)
@@ -114,6 +115,56 @@ def test_rows_are_scarce() -> None:
     assert all(count <= max(running, 8) for running, count in rows)
     assert any(count == running >= 8 for running, count in rows)
     assert any(count == 8 > running > 1 for running, count in rows)
+
+
+def test_nobody_is_preempted_for_a_draft() -> None:
+    """Of four sequences with a token per page, the first one's draft leaves a page for each of the others."""
+    scheduler = Scheduler(num_pages=13, page_size=1, max_num_seqs=4, max_num_batched_tokens=64)
+    engine = make_engine(max_model_len=32)
+    sequences = []
+    for first in (3, 13, 23, 33):
+        request = engine.intake.request([first, first + 1], SamplingParams(max_tokens=9, seed=0))
+        scheduler.add(request)
+        sequences += request.sequences
+    scheduler.advance(scheduler.schedule())
+    for sequence in sequences:
+        scheduler.append(sequence, 5)
+    batch = scheduler.schedule({sequences[0]: [7, 7, 7, 7]})
+    assert [row.origin for row in batch.decodes] == [sequences[0]] * 2 + sequences[1:]
+    assert scheduler.stats.num_preemptions == 0
+
+
+def test_an_interrupted_end_is_told_once() -> None:
+    engine = engine_with("right", num_pages=64)
+    name = engine.add_request([5, 6], SamplingParams(max_tokens=6, seed=0))
+    end, ends = engine.speculator.end, []
+
+    def interrupted(request: Any) -> None:
+        end(request)
+        ends.append(request)
+        if len(ends) == 1:
+            raise KeyboardInterrupt
+
+    engine.speculator.end = interrupted  # type: ignore[method-assign]
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        while engine.has_unfinished():
+            told += engine.step()
+    while engine.has_unfinished():
+        told += engine.step()
+    assert [output.request_id for output in told if output.finished] == [name]
+    check_nothing_left(engine)
+
+
+def test_records_name_a_sequence_once() -> None:
+    engine = engine_with("right", num_pages=64)
+    records: list[Any] = []
+    engine.observers.append(records.append)
+    engine.add_request([5, 6], SamplingParams(n=2, max_tokens=8, seed=0))
+    while engine.has_unfinished():
+        engine.step()
+    assert engine.speculator.stats["ngram"].num_drafts > 0
+    assert all(len(record.decodes) == len(set(record.decodes)) for record in records)
 
 
 def test_a_draft_row_looks_like_the_sequence_it_may_become() -> None:
