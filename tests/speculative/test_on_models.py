@@ -160,7 +160,7 @@ def test_a_draft_model_in_a_pool_that_is_too_small(llama: Any, pages: int) -> No
         assert_same(model.generate_many(PROMPTS, sampling), expected)
     stats = model.engine.speculator.stats["draft_model"]
     assert model.engine.scheduler.stats.num_preemptions > 0
-    assert stats.acceptance_rate > 0.9  # what it missed it caught up with
+    assert stats.acceptance_rate > 0.8  # what it missed it caught up with, but for what was cached meanwhile
     check_nothing_left(model.engine)
 
 
