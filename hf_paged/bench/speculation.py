@@ -141,6 +141,8 @@ def run_speculation(
         for batch in batches:
             log(f"{batch} sequences ...")
             rows.append({"batch": batch, **race.run(work, batch, tokens, repeats)})
+            if method == "forced":
+                rows[-1]["same"] = None  # it says nonsense
             log(f"... {rows[-1]['plain_s']:.3f} s without, {rows[-1]['speculating_s']:.3f} s with drafts")
     finally:
         hf_paged.unwrap(subject.model)
@@ -292,6 +294,6 @@ def as_table(result: dict[str, Any]) -> Table:
             "-" if accepted is None else f"{accepted:.0%}",
             "-" if length is None else f"{length:.2f}",
             "-" if drafting is None else f"{drafting:.3f}",
-            f"{row['same']:.0%}",
+            "-" if row["same"] is None else f"{row['same']:.0%}",
         )
     return table
