@@ -19,9 +19,9 @@ setup: $(INSTALLED) ## make the environment and install the project in it, edita
 demo: $(INSTALLED) ## generate with a small real model
 	$(BIN)/hf-paged demo
 
-# HF_HUB_OFFLINE: no test may depend on a download.
+# HF_HUB_OFFLINE: no test may depend on a download. One process per core, each with one thread: the models are tiny.
 test: $(INSTALLED) ## run the tests, without the slow ones; PYTEST_ARGS="-k pages" passes options on
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## run the slow tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

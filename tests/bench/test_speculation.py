@@ -45,7 +45,7 @@ def test_a_method_that_is_not_there() -> None:
 
 
 def test_from_the_command_line() -> None:
-    how = "--speculative forced --model tiny --device cpu --batches 1 --context 20 --tokens 8 --option num_pages=64 --json"
-    found = CliRunner().invoke(app, ["bench", "latency", *how.split()])
+    how = "--speculative forced --model tiny --device cpu --batches 1 --context 9 --tokens 8 --json"
+    found = CliRunner().invoke(app, ["bench", "latency", *how.split(), "--option", "num_pages=9"])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["rows"][0]["tokens"] == 8
