@@ -134,6 +134,9 @@ class Processor(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         return scores
 
+    def __repr__(self) -> str:  # a test's name, the same in every process
+        return "Processor()"
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
