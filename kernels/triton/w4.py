@@ -29,20 +29,30 @@ CROSSOVER = 64
 the codes are dequantised again for every further tile of rows, and a library's product then gets the more out of the
 tensor cores the more rows there are."""
 
+EXPONENT = 0x4B000000
+"""The bits of 2^23 as a float32: its mantissa counts in ones."""
+
 # ---- the kernels -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _nibbles(words, i: tl.constexpr):
-    """float32, nibble i of each word plus 2^19 times 16 for the exponent's sake, all times 16^(i % 4): see `_zero`."""
+def _nibbles(words, exponent, i: tl.constexpr):
+    """float32, 2^23 + nibble i of each word * 16^(i % 4). `exponent` is 2^23's bits, an argument of the kernel: with both
+    constants in the code, the two operations on bits do not become one instruction."""
     half = words >> 16 if i >= 4 else words
-    return ((half & (15 << 4 * (i % 4))) | 0x4B000000).to(tl.float32, bitcast=True)
+    return ((half & (15 << 4 * (i % 4))) | exponent).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _zero(zeros, i: tl.constexpr):
+def _zero(zeros, exponent, i: tl.constexpr):
     """float32, what to take from `_nibbles` to be left with (code - zero) * 16^(i % 4)."""
-    return ((zeros << 4 * (i % 4)) | 0x4B000000).to(tl.float32, bitcast=True)
+    return ((zeros << 4 * (i % 4)) | exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unit(i: tl.constexpr):
+    """What turns what is left into code - zero."""
+    return 1.0 / 16 ** (i % 4)
 
 
 @triton.jit
@@ -68,9 +78,9 @@ def _store(acc, out, bias, row, column, m, n, HAS_BIAS: tl.constexpr, PARTIAL: t
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["split_words"])
+@triton.jit(do_not_specialize=["split_words", "exponent"])
 def _gemv(
-    x, codes, scales, zeros, bias, out, m, n, words, split_words,
+    x, codes, scales, zeros, bias, out, m, n, words, split_words, exponent,
     ROWS: tl.constexpr, GROUP_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -99,20 +109,19 @@ def _gemv(
         product_2 = tl.zeros([BLOCK_W, BLOCK_N], dtype=tl.float32)
         total_2 = tl.zeros([BLOCK_W], dtype=tl.float32)
         for p in tl.static_range(4):
-            even = _nibbles(code, 2 * p) - 8388608.0
-            odd = _nibbles(code, 2 * p + 1) - 8388608.0
-            down: tl.constexpr = 1.0 if p % 2 == 0 else 1.0 / 256
+            even = _nibbles(code, exponent, 2 * p) - 8388608.0
+            odd = _nibbles(code, exponent, 2 * p + 1) - 8388608.0
             a, b = _inputs(x, word, real, p, dtype)
             a, b = a.to(tl.float32), b.to(tl.float32)
             total += a + b
-            product += even * (a * down)[:, None]
-            product += odd * (b * (down / 16))[:, None]
+            product += even * (a * _unit(2 * p))[:, None]
+            product += odd * (b * _unit(2 * p + 1))[:, None]
             if ROWS == 2:
                 a, b = _inputs(x + words * stride, word, real, p, dtype)
                 a, b = a.to(tl.float32), b.to(tl.float32)
                 total_2 += a + b
-                product_2 += even * (a * down)[:, None]
-                product_2 += odd * (b * (down / 16))[:, None]
+                product_2 += even * (a * _unit(2 * p))[:, None]
+                product_2 += odd * (b * _unit(2 * p + 1))[:, None]
         first += scale * (product - zero * total[:, None])
         if ROWS == 2:
             second += scale * (product_2 - zero * total_2[:, None])
@@ -125,7 +134,7 @@ def _gemv(
 @triton.jit(do_not_specialize=["split_words", "m"])
 def _matmul(
     x, codes, scales, zeros, bias, out, m, n, words, split_words,
-    GROUP_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    EXPONENT: tl.constexpr, GROUP_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and columns, over one part of the inputs."""
@@ -152,9 +161,8 @@ def _matmul(
         scale = tl.load(scales + place, mask=known, other=0.0).to(tl.float32)
         zero = tl.load(zeros + place, mask=known, other=0).to(tl.int32)
         for p in tl.static_range(4):
-            down: tl.constexpr = 1.0 if p % 2 == 0 else 1.0 / 256
-            even = (_nibbles(code, 2 * p) - _zero(zero, 2 * p)) * (scale * down)
-            odd = (_nibbles(code, 2 * p + 1) - _zero(zero, 2 * p + 1)) * (scale * (down / 16))
+            even = (_nibbles(code, EXPONENT, 2 * p) - _zero(zero, EXPONENT, 2 * p)) * (scale * _unit(2 * p))
+            odd = (_nibbles(code, EXPONENT, 2 * p + 1) - _zero(zero, EXPONENT, 2 * p + 1)) * (scale * _unit(2 * p + 1))
             a, b = _inputs(lines, word[None, :], rows & real[None, :], p, dtype)
             acc = tl.dot(a, even.to(dtype), acc, input_precision="ieee")
             acc = tl.dot(b, odd.to(dtype), acc, input_precision="ieee")
@@ -176,9 +184,9 @@ def _add_parts(parts, bias, out, count, n, splits, BLOCK: tl.constexpr, HAS_BIAS
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["exponent"])
 def _dequantize(
-    codes, scales, zeros, out, n, words,
+    codes, scales, zeros, out, n, words, exponent,
     GROUP_WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,8 +197,7 @@ def _dequantize(
     scale = tl.load(scales + place, mask=mask, other=0.0).to(tl.float32)
     zero = tl.load(zeros + place, mask=mask, other=0).to(tl.int32)
     for i in tl.static_range(8):
-        down: tl.constexpr = 1.0 / 16 ** (i % 4)
-        weight = (_nibbles(code, i) - _zero(zero, i)) * (scale * down)
+        weight = (_nibbles(code, exponent, i) - _zero(zero, exponent, i)) * (scale * _unit(i))
         line = out + (8 * word + i).to(tl.int64)[:, None] * n
         tl.store(line + column[None, :], weight.to(out.dtype.element_ty), mask=mask)
 
@@ -289,7 +296,7 @@ def w4_matmul(
     target = x.new_empty(config.splits, m, n, dtype=torch.float32) if split else out
     pointers = (x if x.dtype == torch.float32 else x.view(torch.int32), codes, scales, zeros, bias, target)
     turns = triton.cdiv(triton.cdiv(words, config.block_words), config.splits)
-    sizes = (m, n, words, turns * config.block_words)
+    sizes = (m, n, words, turns * config.block_words, EXPONENT)
     common = {
         "GROUP_WORDS": group_size // 8, "BLOCK_N": config.block_n, "BLOCK_W": config.block_words,
         "HAS_BIAS": bias is not None, "PARTIAL": split, "OVERLAPS": split and can_overlap(x.device),
@@ -323,7 +330,7 @@ def w4_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int,
     block_n, block_words = 128, 8
     with torch.cuda.device_of(codes):
         _dequantize[(triton.cdiv(n, block_n), triton.cdiv(words, block_words))](
-            codes, scales, zeros, out, n, words,
+            codes, scales, zeros, out, n, words, EXPONENT,
             GROUP_WORDS=group_size // 8, BLOCK_N=block_n, BLOCK_W=block_words, num_warps=4,
         )  # fmt: skip
     return out
