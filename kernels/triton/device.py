@@ -19,6 +19,4 @@ def multiprocessors(device: torch.device) -> int:
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may begin while the one before it still runs (programmatic dependent launch): on Hopper and
     later."""
-    return (
-        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -204,6 +204,10 @@ def _dequantize(
 
 # ---- on the host -------------------------------------------------------------------------------------------
 
+LEAST_WORDS = 32
+"""From a load of 8 bits on the way to an operand, Triton infers a layout of 32 inputs; it does compile for 16, and
+nobody has checked that the other half is then not counted."""
+
 
 class W4Config(NamedTuple):
     """How a product is cut up, and how its kernel is compiled."""
@@ -212,7 +216,7 @@ class W4Config(NamedTuple):
     """Rows per program; 1 or 2 mean the kernel without tensor cores, which takes just as many rows."""
     block_n: int
     block_words: int
-    """Words of eight inputs per turn of the loop."""
+    """Words of eight inputs per turn of the loop; with tensor cores at least `LEAST_WORDS`."""
     splits: int
     """Parts that the inputs are cut into, each of whole turns; more than one cost a second kernel."""
     num_warps: int
@@ -220,35 +224,39 @@ class W4Config(NamedTuple):
 
 
 def w4_config(m: int, n: int, k: int, group: int) -> W4Config:
-    """For an H100: 132 multiprocessors, 228 KiB of shared memory each. Reasoned, not measured.
+    """For an H100: 132 multiprocessors, 228 KiB of shared memory each. Reasoned from the machine code, not measured.
 
-    What has to be read is half a byte per weight and a fortieth of that again in scales and zeros (groups of 128); at
-    3 TB/s a multiprocessor gets 13 bytes a cycle, and has 128 lanes for what are then 27 weights: under five
-    instructions for each. To keep the memory busy, 16 to 32 KiB must be on their way to each multiprocessor.
+    What has to be read is half a byte per weight and a twentieth of that again in scales and zeros (groups of 128); at
+    3 TB/s a multiprocessor gets 13 bytes a cycle, and has 128 lanes for what are then 26 weights: five instructions for
+    each. To keep the memory busy, 16 to 32 KiB must be on their way to each multiprocessor.
 
-    One or two rows: four instructions per weight, and no sum needs a second kernel if there are columns for as many
-    programs as there are multiprocessors. 32 of them are lines of 128 bytes; a turn is 16 KiB, three are on their way.
-    Narrow layers are split until every multiprocessor has a program, since a second kernel is dearer than what
-    a second program would hide.
+    One or two rows take 5.0 and 6.7 instructions per weight, and no sum needs a second kernel if there are columns for as
+    many programs as there are multiprocessors. 32 of them are lines of 128 bytes; a turn is 16 KiB, two more are on
+    their way. Layers too narrow for that are split.
 
-    More rows: an mma takes 16, and each weight is dequantised once for all rows of its tile. A turn of 32 words gives
-    each of the eight products 32 inputs, which is what Triton's layout of operands out of 8-bit zeros asks for. Every
-    program reads its activations again, `block_n / (2 * rows)` times fewer bytes than weights, so that tiles of columns
-    are as wide as the splits allow, which make up for the programs: two for each multiprocessor.
+    More rows: an mma takes 16, and each weight is dequantised once for all rows of its tile: 8.5 instructions per weight
+    for 16 rows, 9.7 for 32, 10.5 for 64, so it is these that limit, at about half of the memory's rate. A turn of 32
+    words gives each of the eight products 32 inputs, fewer than which Triton's layout of an operand made out of 8-bit
+    zeros cannot hold. Every program reads its activations again, as many bytes as weights with 16 and 32 rows, twice as
+    many with 64; wider tiles would read fewer, and leave fewer programs. For instructions to hide each other's latency
+    there should be three or four programs of four warps, or half as many of eight, on a multiprocessor: that many are
+    made by splitting, whose parts stay in the L2 cache.
 
     Args:
-        group: inputs per scale.
+        group: inputs per scale. Short groups cost the same instructions; not used so far.
     """
     if m <= 2:
         config = W4Config(m, block_n=32, block_words=128, splits=1, num_warps=8, num_stages=3)
-        wanted = 132 // triton.cdiv(n, config.block_n)
+        wanted = 132
+    elif m <= 16:
+        config = W4Config(16, block_n=64, block_words=32, splits=1, num_warps=4, num_stages=3)
+        wanted = 512
     else:
-        block_m = min(64, max(16, triton.next_power_of_2(m)))
-        block_n = 64 if block_m == 16 else 128
-        config = W4Config(block_m, block_n, block_words=32, splits=1, num_warps=4, num_stages=4)
-        wanted = 264 // (triton.cdiv(n, block_n) * triton.cdiv(m, block_m))
+        config = W4Config(32 if m <= 32 else 64, block_n=128, block_words=32, splits=1, num_warps=8, num_stages=3)
+        wanted = 264 if m <= 32 else 132
+    programs = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
     turns = triton.cdiv(k // 8, config.block_words)
-    splits = min(max(1, wanted), 16, turns)
+    splits = min(max(1, wanted // programs), 16, turns)
     return config._replace(splits=triton.cdiv(turns, triton.cdiv(turns, splits)))
 
 
@@ -292,9 +300,11 @@ def w4_matmul(
     if x.data_ptr() % 4:
         x = x.clone()  # pairs of columns are read at a time
     config = config or w4_config(m, n, k, group_size)
+    if config.block_m > 2 and config.block_words < LEAST_WORDS:
+        raise ValueError(f"block_words must be at least {LEAST_WORDS} with tensor cores, got {config.block_words}")
     split = config.splits > 1
     target = x.new_empty(config.splits, m, n, dtype=torch.float32) if split else out
-    pointers = (x if x.dtype == torch.float32 else x.view(torch.int32), codes, scales, zeros, bias, target)
+    pointers = (x if x.dtype == torch.float32 else x.view(-1).view(torch.int32), codes, scales, zeros, bias, target)
     turns = triton.cdiv(triton.cdiv(words, config.block_words), config.splits)
     sizes = (m, n, words, turns * config.block_words, EXPONENT)
     common = {
