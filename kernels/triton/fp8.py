@@ -105,8 +105,10 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> 
         raise ValueError(f"weight and scale_inv must be float8_e4m3fn and float32, not {weight.dtype} and "
                          f"{scale_inv.dtype}")  # fmt: skip
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"weights {tuple(weight.shape)} in blocks of {BLOCK} x {BLOCK} need scale_inv of shape {expected}, "
-                         f"not {tuple(scale_inv.shape)}")  # fmt: skip
+        found = f"{expected}, not {tuple(scale_inv.shape)}"
+        raise ValueError(
+            f"weights {tuple(weight.shape)} in blocks of {BLOCK} x {BLOCK} need scale_inv of shape {found}"
+        )
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out

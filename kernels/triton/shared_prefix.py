@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from hf_paged.kernels.shared_ranges import ALIGNMENT, ITEM_FIELDS, SharedRanges
 from hf_paged.kernels.triton.append import unit_stride
 from hf_paged.kernels.triton.blocks import attend_blocks, block_tokens, padded_dim, score_factors
+from hf_paged.kernels.triton.device import can_overlap
 
 
 @triton.jit(do_not_specialize=["table_stride"])

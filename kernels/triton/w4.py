@@ -1,11 +1,11 @@
 """Linear layers whose weights are 4-bit codes with a scale and a zero point per group (AWQ, GPTQ and their like).
 
-`W[k, n] = (code - zero) * scale`. Eight codes lie in an int32, those of eight consecutive inputs k: nibble i of word r is
-input 8 r + i. Nothing is ever unpacked to lie in that order. A product over k is a sum in any order, so nibbles i of a
-block of words are multiplied with columns i, i + 8, i + 16, ... of the activations, eight times over.
+`W[k, n] = (code - zero) * scale`. Eight codes lie in an int32, those of eight consecutive inputs k: nibble i of word r
+is input 8 r + i. Nothing is ever unpacked to lie in that order. A product over k is a sum in any order, so nibbles i of
+a block of words are multiplied with columns i, i + 8, i + 16, ... of the activations, eight times over.
 
-A nibble becomes a float without a conversion, which would run at a quarter of the rate: put into the mantissa of 2^23 it
-is 2^23 plus itself, and nibbles 0 to 3 of either half word need not even be shifted, only be seen as multiples of 1, 16,
+A nibble becomes a float without a conversion, which would run at half the rate: put into the mantissa of 2^23 it is
+2^23 plus itself, and nibbles 0 to 3 of either half word need not even be shifted, only be seen as multiples of 1, 16,
 256 and 4096. Every step is exact until the product with the scale.
 """
 
@@ -25,9 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of activations, scales and results; sums are float32 in all of them."""
 
 CROSSOVER = 64
-"""The most rows that `w4_linear` multiplies with codes; for more, the weights are dequantised first. A guess: above 64 rows
-the codes are dequantised again for every further tile of rows, and a library's product then gets the more out of the
-tensor cores the more rows there are."""
+"""The most rows that `w4_linear` multiplies with codes; for more, the weights are dequantised first. A guess: above 64
+rows the codes are dequantised again for every further tile of rows, and a library's product then gets the more out of
+the tensor cores the more rows there are."""
 
 EXPONENT = 0x4B000000
 """The bits of 2^23 as a float32: its mantissa counts in ones."""
@@ -37,8 +37,8 @@ EXPONENT = 0x4B000000
 
 @triton.jit
 def _nibbles(words, exponent, i: tl.constexpr):
-    """float32, 2^23 + nibble i of each word * 16^(i % 4). `exponent` is 2^23's bits, an argument of the kernel: with both
-    constants in the code, the two operations on bits do not become one instruction."""
+    """float32, 2^23 + nibble i of each word * 16^(i % 4). `exponent` is `EXPONENT`: as an argument at run time, it lets
+    the two operations on bits become one instruction, which takes no second constant."""
     half = words >> 16 if i >= 4 else words
     return ((half & (15 << 4 * (i % 4))) | exponent).to(tl.float32, bitcast=True)
 
@@ -134,7 +134,8 @@ def _gemv(
 @triton.jit(do_not_specialize=["split_words", "m"])
 def _matmul(
     x, codes, scales, zeros, bias, out, m, n, words, split_words,
-    EXPONENT: tl.constexpr, GROUP_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    EXPONENT: tl.constexpr, GROUP_WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and columns, over one part of the inputs."""
@@ -205,8 +206,8 @@ def _dequantize(
 # ---- on the host -------------------------------------------------------------------------------------------
 
 LEAST_WORDS = 32
-"""From a load of 8 bits on the way to an operand, Triton infers a layout of 32 inputs; it does compile for 16, and
-nobody has checked that the other half is then not counted."""
+"""Zeros are loaded as 8 bits, and for an operand that comes from 8 bits Triton takes a layout of 32 inputs at a time.
+It compiles for 16 too, and that was never seen to give the right sums."""
 
 
 class W4Config(NamedTuple):
@@ -230,17 +231,16 @@ def w4_config(m: int, n: int, k: int, group: int) -> W4Config:
     3 TB/s a multiprocessor gets 13 bytes a cycle, and has 128 lanes for what are then 26 weights: five instructions for
     each. To keep the memory busy, 16 to 32 KiB must be on their way to each multiprocessor.
 
-    One or two rows take 5.0 and 6.7 instructions per weight, and no sum needs a second kernel if there are columns for as
-    many programs as there are multiprocessors. 32 of them are lines of 128 bytes; a turn is 16 KiB, two more are on
+    One or two rows take 5.0 and 6.7 instructions per weight, and no sum needs a second kernel if there are columns for
+    as many programs as there are multiprocessors. 32 of them are lines of 128 bytes; a turn is 16 KiB, two more are on
     their way. Layers too narrow for that are split.
 
-    More rows: an mma takes 16, and each weight is dequantised once for all rows of its tile: 8.5 instructions per weight
-    for 16 rows, 9.7 for 32, 10.5 for 64, so it is these that limit, at about half of the memory's rate. A turn of 32
-    words gives each of the eight products 32 inputs, fewer than which Triton's layout of an operand made out of 8-bit
-    zeros cannot hold. Every program reads its activations again, as many bytes as weights with 16 and 32 rows, twice as
-    many with 64; wider tiles would read fewer, and leave fewer programs. For instructions to hide each other's latency
-    there should be three or four programs of four warps, or half as many of eight, on a multiprocessor: that many are
-    made by splitting, whose parts stay in the L2 cache.
+    More rows: an mma takes 16, and each weight is dequantised once for all rows of its tile: 8.5 instructions per
+    weight for 16 rows, 9.7 for 32, 10.5 for 64, so it is these that limit, at about half of the memory's rate. Every
+    program reads its activations again, as many bytes as weights with 16 and 32 rows, twice as many with 64; wider
+    tiles would read fewer, and leave fewer programs. For instructions to hide each other's latency there should be
+    three or four programs of four warps, or one or two of eight, on a multiprocessor: that many are made by splitting,
+    whose parts stay in the L2 cache.
 
     Args:
         group: inputs per scale. Short groups cost the same instructions; not used so far.
@@ -370,7 +370,7 @@ def _check(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Non
     expected = (8 * words // group_size, n)
     for name, tensor in (("scales", scales), ("zeros", zeros)):
         if tensor.shape != expected:
-            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, and the codes {tuple(codes.shape)} in groups of "
-                             f"{group_size} need {expected}")  # fmt: skip
+            needed = f"the codes {tuple(codes.shape)} in groups of {group_size} need {expected}"
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, and {needed}")
     if not (codes.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()):
         raise ValueError("codes, scales and zeros must be contiguous")
