@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_paged.kernels.triton.append import FP8_MAX, to_pool, unit_stride
+from hf_paged.kernels.triton.append import FP8_MAX, unit_stride
 
 SMALLEST_PEAK = 1e-12
 """A row whose largest number is below it is scaled as if it were this: one of zeros must not be divided by 0."""
@@ -29,6 +29,12 @@ def _magnitude(x):
 
 
 @triton.jit
+def _fit(x, factor, LIMIT: tl.constexpr):
+    """float32. A NaN stays one: that a row went wrong must not be hidden."""
+    return tl.clamp(x.to(tl.float32) * factor, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _quantize(
     x, out, scales, row_stride, columns, SMALLEST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -40,13 +46,14 @@ def _quantize(
     for start in range(BLOCK, columns, BLOCK):
         more = tl.load(x + row * row_stride + start + index, mask=start + index < columns, other=0.0)
         peak = tl.maximum(peak, _magnitude(more))
-    scale = tl.div_rn(tl.maximum(tl.max(peak, 0), SMALLEST), LIMIT)
-    tl.store(scales + row, scale)
+    peak = tl.maximum(tl.max(peak, 0), SMALLEST)
+    tl.store(scales + row, tl.div_rn(peak, LIMIT))
+    factor = tl.div_rn(LIMIT, peak)  # a division per element would take longer than all the rest
     line = out + row * columns + index
-    tl.store(line, to_pool(first, scale, out.dtype.element_ty, True, LIMIT), mask=index < columns)
+    tl.store(line, _fit(first, factor, LIMIT).to(out.dtype.element_ty), mask=index < columns)
     for start in range(BLOCK, columns, BLOCK):
         more = tl.load(x + row * row_stride + start + index, mask=start + index < columns, other=0.0)
-        tl.store(line + start, to_pool(more, scale, out.dtype.element_ty, True, LIMIT), mask=start + index < columns)
+        tl.store(line + start, _fit(more, factor, LIMIT).to(out.dtype.element_ty), mask=start + index < columns)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +63,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: `[M, K]`, floating point, any strides (a copy is made if the last is not 1).
 
     Returns:
-        float8_e4m3fn `[M, K]`, clamped to what the type holds, NaN where x is; and float32 `[M, 1]`: the row's largest
-        magnitude, NaN left out, over 448.
+        float8_e4m3fn `[M, K]`, clamped to what the type holds, NaN where x is (an infinite number leaves zeros and NaN in
+        its row); and float32 `[M, 1]`: the row's largest magnitude, NaN left out, over 448.
     """
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
@@ -69,7 +76,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         _quantize[(rows,)](
             x, out, scales, x.stride(0), columns, SMALLEST=SMALLEST_PEAK, LIMIT=FP8_MAX, BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
+            num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return out, scales
 

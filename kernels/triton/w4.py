@@ -224,7 +224,7 @@ class W4Config(NamedTuple):
     num_stages: int
 
 
-def w4_config(m: int, n: int, k: int, group: int) -> W4Config:
+def w4_config(m: int, n: int, k: int, group: int, dtype: torch.dtype = torch.bfloat16) -> W4Config:
     """For an H100: 132 multiprocessors, 228 KiB of shared memory each. Reasoned from the machine code, not measured.
 
     What has to be read is half a byte per weight and a twentieth of that again in scales and zeros (groups of 128); at
@@ -244,11 +244,13 @@ def w4_config(m: int, n: int, k: int, group: int) -> W4Config:
 
     Args:
         group: inputs per scale. Short groups cost the same instructions; not used so far.
+        dtype: of the activations. float32 is multiplied without tensor cores, in loops that are unrolled: there tiles
+            have 16 rows, and larger ones do not fit.
     """
     if m <= 2:
         config = W4Config(m, block_n=32, block_words=128, splits=1, num_warps=8, num_stages=3)
         wanted = 132
-    elif m <= 16:
+    elif m <= 16 or dtype == torch.float32:
         config = W4Config(16, block_n=64, block_words=32, splits=1, num_warps=4, num_stages=3)
         wanted = 512
     else:
@@ -299,7 +301,7 @@ def w4_matmul(
     x = x.contiguous()
     if x.data_ptr() % 4:
         x = x.clone()  # pairs of columns are read at a time
-    config = config or w4_config(m, n, k, group_size)
+    config = config or w4_config(m, n, k, group_size, x.dtype)
     if config.block_m > 2 and config.block_words < LEAST_WORDS:
         raise ValueError(f"block_words must be at least {LEAST_WORDS} with tensor cores, got {config.block_words}")
     split = config.splits > 1
