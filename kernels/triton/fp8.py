@@ -63,8 +63,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: `[M, K]`, floating point, any strides (a copy is made if the last is not 1).
 
     Returns:
-        float8_e4m3fn `[M, K]`, clamped to what the type holds, NaN where x is (an infinite number leaves zeros and NaN in
-        its row); and float32 `[M, 1]`: the row's largest magnitude, NaN left out, over 448.
+        float8_e4m3fn `[M, K]`, clamped to what the type holds, NaN where x is (an infinite number leaves zeros and
+        NaN in its row); and float32 `[M, 1]`: the row's largest magnitude, NaN left out, over 448.
     """
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
