@@ -191,6 +191,35 @@ def attention(
 
 
 @bench.command()
+def linear(
+    shapes: Annotated[
+        str | None, typer.Option(help="Comma-separated: N x K as 4096x14336. Default: the layers of an 8B Llama.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Comma-separated: rows of activations. Default: 1 to 256 in powers of two.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(min=8, help="Inputs per scale of 4-bit codes.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Linear layers of 4-bit codes and of float8 against bfloat16, on a GPU."""
+    from hf_paged.bench import linear as report
+
+    sizes = [_numbers("shapes", shape.split("x"), 2) for shape in shapes.split(",")] if shapes else report.SHAPES
+    if any(n % 16 or k % 16 or k % group_size for n, k in sizes) or group_size % 8:
+        raise typer.BadParameter(
+            f"N and K must be multiples of 16, K of the group size, and that one of 8: got groups of {group_size} in "
+            f"{shapes or 'the layers of an 8B Llama'}"
+        )
+    ms = _numbers("rows", rows.split(",")) if rows else report.ROWS
+
+    def run() -> None:
+        result = report.run_linear([(n, k) for n, k in sizes], ms, group_size=group_size)
+        _show(result, report.as_table, as_json)
+
+    _friendly(run)
+
+
+@bench.command()
 def host(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences decoding at once.")] = 256,
     requests: Annotated[int, typer.Option(min=1, help="Requests to schedule in the simulator.")] = 1_000_000,
@@ -208,6 +237,12 @@ def host(
     for context, cost in costs.items():
         console.print(f"{sequences} sequences at {context} tokens: {cost:.2f} ms a step")
     console.print(f"{requests:,} requests scheduled in {seconds:.1f} s, {steps:,} steps")
+
+
+def _numbers(what: str, given: list[str], count: int | None = None) -> list[int]:
+    if not all(number.isdecimal() and int(number) for number in given) or len(given) != (count or len(given)):
+        raise typer.BadParameter(f"{what} must be positive numbers, got {given}")
+    return [int(number) for number in given]
 
 
 def _choose(what: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from hf_paged.kernels.shared_ranges import ALIGNMENT, ITEM_FIELDS, SharedRanges
 from hf_paged.kernels.triton.append import unit_stride
 from hf_paged.kernels.triton.blocks import attend_blocks, block_tokens, padded_dim, score_factors
+from hf_paged.kernels.triton.device import can_overlap
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -95,7 +96,7 @@ def overlap_options(query: Tensor) -> dict[str, bool]:
     """How decode is launched after `attend_shared`: on Hopper and later it may begin while that still runs
     (programmatic dependent launch), on multiprocessors that are done with their items: 0.152 ms instead of 0.158 for 16
     groups of 16 samples, 2,048 + 256 tokens."""
-    if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    if can_overlap(query.device):
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
 

@@ -40,6 +40,10 @@ def test_host_command_prints_json() -> None:
         (["bench", "latency", "--batches", "1,x"], "batches must be positive numbers"),
         (["bench", "latency", "--dtype", "int3"], "unknown dtype"),
         (["bench", "latency", "--device", "tpu"], "unknown device"),
+        (["bench", "linear", "--shapes", "4096"], "shapes must be positive numbers, got ['4096']"),
+        (["bench", "linear", "--shapes", "64x96,64x72"], "must be multiples of 16"),
+        (["bench", "linear", "--group-size", "100"], "K of the group size"),
+        (["bench", "linear", "--rows", "1,0"], "rows must be positive numbers"),
         (["demo", "--max-tokens", "0"], "max-tokens"),
     ],
 )
