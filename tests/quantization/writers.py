@@ -1,0 +1,185 @@
+"""Quantised checkpoints of tiny models, written nibble by nibble from what the formats say, with the weights they mean.
+
+Nothing here is shared with what reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Nibble i of a word belongs to this one of its eight outputs."""
+
+
+def word(nibbles: list[int]) -> int:
+    """Eight nibbles, the first in the lowest bits, as a signed number of 32 bits."""
+    assert len(nibbles) == 8 and all(0 <= nibble < 16 for nibble in nibbles)
+    value = int("".join(f"{nibble:04b}" for nibble in reversed(nibbles)), 2)
+    return value - (1 << 32) if value >> 31 else value
+
+
+def pack_rows(values: list[list[int]], order: tuple[int, ...] = tuple(range(8))) -> list[list[int]]:
+    """Words along the second dimension."""
+    return [[word([row[start + place] for place in order]) for start in range(0, len(row), 8)] for row in values]
+
+
+def transposed(values: list[list[int]]) -> list[list[int]]:
+    return [list(column) for column in zip(*values, strict=True)]
+
+
+def int32(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantised weight before anybody packs it; `[K, N]`, groups of inputs."""
+
+    codes: list[list[int]]
+    scales: Tensor
+    """float16 `[groups, N]`."""
+    zeros: list[list[int]]
+    """`[groups, N]`."""
+    groups: list[int]
+    """Of every input."""
+
+    def dequantized(self) -> Tensor:
+        """float32 `[N, K]`, number by number."""
+        scales = self.scales.tolist()
+        rows = []
+        for codes, group in zip(self.codes, self.groups, strict=True):
+            each = zip(codes, self.zeros[group], scales[group], strict=True)
+            rows.append([(code - zero) * scale for code, zero, scale in each])
+        return torch.tensor(rows).T.contiguous()
+
+
+def random_weight(
+    inputs: int, outputs: int, group_size: int, seed: int, *, symmetric: bool = False, act_order: bool = False
+) -> Weight:
+    generator = torch.Generator().manual_seed(seed)
+    size = inputs if group_size == -1 else group_size
+    count = inputs // size
+    zeros = torch.randint(0, 16, (count, outputs), generator=generator)
+    groups = torch.arange(inputs) // size
+    return Weight(
+        codes=torch.randint(0, 16, (inputs, outputs), generator=generator).tolist(),
+        scales=(0.01 + 0.03 * torch.rand(count, outputs, generator=generator)).half(),
+        zeros=(torch.full_like(zeros, 8) if symmetric else zeros).tolist(),
+        groups=(groups[torch.randperm(inputs, generator=generator)] if act_order else groups).tolist(),
+    )
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+def awq(weight: Weight) -> dict[str, Tensor]:
+    return {
+        "qweight": int32(pack_rows(weight.codes, AWQ_ORDER)),
+        "qzeros": int32(pack_rows(weight.zeros, AWQ_ORDER)),
+        "scales": weight.scales,
+    }
+
+
+def gptq(weight: Weight, version: int) -> dict[str, Tensor]:
+    zeros = weight.zeros if version == 2 else [[(zero - 1) % 16 for zero in row] for row in weight.zeros]
+    return {
+        "qweight": int32(transposed(pack_rows(transposed(weight.codes)))),
+        "qzeros": int32(pack_rows(zeros)),
+        "scales": weight.scales,
+        "g_idx": int32(weight.groups),
+    }
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+Layer = dict[str, Tensor]
+WriteLayer = Callable[[int, int, int], tuple[Layer, Tensor]]
+"""(inputs, outputs, seed) -> (a layer's tensors, the weight that they mean)."""
+
+
+def layer_writer(write: Callable[[Weight], Layer], group_size: int, **options: bool) -> WriteLayer:
+    def write_layer(inputs: int, outputs: int, seed: int) -> tuple[Layer, Tensor]:
+        weight = random_weight(inputs, outputs, group_size, seed, **options)
+        return write(weight), weight.dequantized()
+
+    return write_layer
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    values = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(values | changes))).eval()
+
+
+def write_checkpoint(
+    folder: Path,
+    write_layer: WriteLayer,
+    quantization: dict[str, Any],
+    *,
+    keep: tuple[str, ...] = ("lm_head",),
+    shards: int = 1,
+    **changes: Any,
+) -> LlamaForCausalLM:
+    """Writes a quantised tiny Llama.
+
+    Args:
+        quantization: `quantization_config`.
+        keep: linear layers that are not quantised, by a part of their name.
+        shards: files.
+        changes: of the model's config.
+
+    Returns:
+        the float32 model that the checkpoint means.
+    """
+    model = tiny_llama(**changes)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and not any(part in name for part in keep):
+            layer, weight = write_layer(module.in_features, module.out_features, seed)
+            module.weight.data.copy_(weight)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": tensor for part, tensor in layer.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    save_tensors(folder, tensors, shards)
+    return model
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    names = sorted(tensors)
+    where = {name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
