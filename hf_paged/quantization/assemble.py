@@ -62,8 +62,8 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
                 )
     if not layers:
         raise ValueError(
-            f"{checkpoint.folder}: its quantization config names {type(format).__name__}, and none of the model's "
-            "linear layers has tensors of that format in the checkpoint"
+            f"{checkpoint.folder}: config.json says that it is quantised, and none of the model's linear layers has "
+            "tensors of the format that it names"
         )
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     tensors = [name for name in expected if name in checkpoint.entries]

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_paged.config import EngineConfig
 from hf_paged.quantization.assemble import assemble, plan_loading
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
 from hf_paged.quantization.formats.awq import Awq
 from hf_paged.quantization.formats.base import Format
+from hf_paged.quantization.formats.compressed_tensors import compressed_tensors
+from hf_paged.quantization.formats.fp8 import Fp8
 from hf_paged.quantization.formats.gptq import Gptq
+from hf_paged.quantization.fp8 import FP8Linear, quantize_rows
 from hf_paged.wrap import wrap
 
 logger = logging.getLogger(__name__)
 
-FORMATS: dict[str, type[Awq] | type[Gptq]] = {"awq": Awq, "gptq": Gptq}
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
+    "awq": Awq,
+    "gptq": Gptq,
+    "compressed-tensors": compressed_tensors,
+    "fp8": Fp8,
+}
+"""By `quant_method`."""
 
 
 def load(
@@ -33,15 +44,18 @@ def load(
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
 
-    Quantised checkpoints are read here, not by transformers: AWQ (GEMM) and GPTQ, both of four bits. Their linear
-    layers become `W4Linear`s; what `save_pretrained` writes of these nobody reads. Checkpoints of bitsandbytes and
-    other quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models `wrap` takes as they are.
+    Quantised checkpoints are read here, not by transformers: AWQ (GEMM), GPTQ and compressed-tensors (pack-quantized),
+    all of four bits, and FP8 as DeepSeek or compressed-tensors write it. Their linear layers become `W4Linear`s and
+    `FP8Linear`s, which have no gradient of their own, but pass it on; what `save_pretrained` writes of these nobody
+    reads. Checkpoints of bitsandbytes and other quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models
+    `wrap` takes as they are.
 
     Args:
         path_or_id: a folder with config.json and safetensors, or the name of such a repository on the hub.
         dtype: of activations and of weights that are not quantised. None: what the checkpoint's config says.
-        quantization: "auto" keeps what the checkpoint is. A name ("awq", "gptq") says what it must be. None loads
-            ordinary weights, dequantised where they are not.
+        quantization: "auto" keeps what the checkpoint is. None loads ordinary weights, dequantised where they are not.
+            "awq", "gptq", "compressed-tensors" and "fp8" say what it must be; "fp8" also quantises the linear layers of
+            one that is not quantised, with a scale per output, all but the last, which makes the logits.
         device: None: the current GPU where there is one, else the CPU.
         config, tokenizer, overrides: as for `wrap`.
 
@@ -61,18 +75,22 @@ def load(
         raise ValueError(f'quantization must be None, "auto" or one of {", ".join(FORMATS)}, got {quantization!r}')
     folder = _folder(path_or_id)
     found = _quantization_config(folder)
-    if quantization not in (None, "auto") and (found is None or found[0] != quantization):
+    on_the_fly = quantization == "fp8" and found is None
+    if quantization not in (None, "auto") and not on_the_fly and (found is None or found[0] != quantization):
         what = f"quantised with {found[0]}" if found else "not quantised"
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is None:
-            model = _load_plain(folder, dtype, device)
+            model = _load_plain(folder, dtype)
+            if on_the_fly:
+                _quantize_linears(model, device)
+            model.to(device)
         else:
             model = _load_quantized(folder, *found, dtype, device, dequantized=quantization is None)
     return wrap(model.eval(), engine_config, tokenizer=tokenizer)
 
 
-def _load_plain(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
+def _load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if any(folder.glob("*.safetensors*")):
@@ -83,7 +101,18 @@ def _load_plain(folder: Path, dtype: torch.dtype | None, device: torch.device) -
         raise ValueError(
             f"{folder} lacks tensors of {type(model).__name__}: {', '.join(sorted(report['missing_keys']))}"
         )
-    return model.to(device)
+    return model
+
+
+def _quantize_linears(model: Any, device: torch.device) -> None:
+    """Puts layers in FP8, on the device, in the places of a model's linear layers, one after the other."""
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            weight, scales = quantize_rows(module.weight.detach().to(device))
+            bias = None if module.bias is None else module.bias.detach().to(device)
+            model.set_submodule(name, FP8Linear(weight, scales, bias=bias))
+    model.config.quantization_config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 
 def _load_quantized(

@@ -165,6 +165,11 @@ class W4Linear(nn.Module):
         self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor] | None] | None = None
         """For a CPU: what the weight was when it was packed, and its packed copy, if it can be had."""
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, by the name under which PEFT looks for a quantised layer's device."""
+        return self.codes
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]` in the dtype of x; under autocast in its dtype, as `F.linear`."""
         if torch.is_autocast_enabled(x.device.type):

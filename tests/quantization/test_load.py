@@ -11,10 +11,22 @@ import pytest
 import torch
 from models.families import make_prompts, stock_greedy
 from quantization import writers
-from quantization.writers import AWQ_CONFIG, GPTQ_CONFIG, WriteLayer, layer_writer, save_tensors, write_checkpoint
+from quantization.writers import (
+    AWQ_CONFIG,
+    DEEPSEEK_CONFIG,
+    GPTQ_CONFIG,
+    WriteLayer,
+    fp8_config,
+    fp8_writer,
+    layer_writer,
+    save_tensors,
+    w4_config,
+    write_checkpoint,
+)
 from safetensors.torch import load_file
 
 import hf_paged
+from hf_paged.quantization.fp8 import FP8Linear
 from hf_paged.quantization.w4 import W4Linear
 
 PROMPTS = make_prompts([5, 9, 17])
@@ -35,6 +47,13 @@ def gptq(size: int = 32, version: int = 1, **options: bool) -> tuple[WriteLayer,
     return layer_writer(lambda weight: writers.gptq(weight, version), size, **options), GPTQ_CONFIG | config
 
 
+def packed(size: int = 32, *, symmetric: bool = True, act_order: bool = False) -> tuple[WriteLayer, dict[str, Any]]:
+    def write(weight: writers.Weight) -> writers.Layer:
+        return writers.pack_quantized(weight, symmetric=symmetric, act_order=act_order)
+
+    return layer_writer(write, size, symmetric=symmetric, act_order=act_order), w4_config(size, symmetric)
+
+
 CHECKPOINTS: dict[str, tuple[WriteLayer, dict[str, Any]]] = {
     "awq": awq(),
     "awq, groups of 64": awq(64),
@@ -45,6 +64,18 @@ CHECKPOINTS: dict[str, tuple[WriteLayer, dict[str, Any]]] = {
     "gptq, one group": gptq(-1),
     "gptq v2": gptq(64, version=2),
     "gptq v2, act-order": gptq(version=2, act_order=True),
+    "compressed": packed(),
+    "compressed, asymmetric": packed(64, symmetric=False),
+    "compressed, a scale per output": packed(-1),
+    "compressed, act-order": packed(symmetric=False, act_order=True),
+    "compressed fp8, a scale per output": (fp8_writer("weight_scale", None), fp8_config("channel")),
+    "compressed fp8, one scale": (fp8_writer("weight_scale", None, (1,)), fp8_config("tensor")),
+    "fp8 in blocks": (fp8_writer("weight_scale_inv", (128, 128)), DEEPSEEK_CONFIG),
+    "fp8 in small blocks": (
+        fp8_writer("weight_scale_inv", (48, 32)),
+        DEEPSEEK_CONFIG | {"weight_block_size": [48, 32]},
+    ),
+    "fp8, one scale": (fp8_writer("weight_scale", None, ()), DEEPSEEK_CONFIG | {"weight_block_size": None}),
 }
 
 
@@ -52,7 +83,7 @@ CHECKPOINTS: dict[str, tuple[WriteLayer, dict[str, Any]]] = {
 def test_greedy_tokens_are_the_dequantised_models(name: str, tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *CHECKPOINTS[name])
     model = hf_paged.load(tmp_path)
-    layers = [module for module in model.modules() if isinstance(module, W4Linear)]
+    layers = [module for module in model.modules() if isinstance(module, W4Linear | FP8Linear)]
     assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
     expected = [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
     assert greedy_tokens(model) == expected
@@ -134,6 +165,34 @@ def test_none_dequantises(tmp_path: Path) -> None:
     assert greedy_tokens(hf_paged.load(tmp_path / "plain")) == greedy_tokens(model)
 
 
+def test_none_dequantises_fp8(tmp_path: Path) -> None:
+    meant = write_checkpoint(tmp_path, *CHECKPOINTS["fp8 in small blocks"])
+    model = hf_paged.load(tmp_path, quantization=None)
+    for name, weight in meant.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_on_the_fly(dtype: str, tmp_path: Path) -> None:
+    """Every layer but the head, with a scale per output, to the precision that four bits of mantissa have."""
+    meant = writers.tiny_llama(attention_bias=True)
+    meant.save_pretrained(tmp_path)
+    model = hf_paged.load(tmp_path, dtype=dtype, quantization="fp8")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+    assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
+    for name, layer in layers.items():
+        weight = meant.get_parameter(f"{name}.weight").detach()
+        assert float((layer.dequantize(torch.float32) - weight).norm()) < 0.04 * float(weight.norm())
+        assert layer.weight.element_size() == 1 and layer.scales.shape == (layer.out_features, 1)
+        assert (layer.bias is None) == (".mlp." in name)
+    dequantised = hf_paged.load(tmp_path, dtype=dtype)
+    for name, layer in layers.items():
+        dequantised.get_submodule(name).weight.data.copy_(layer.dequantize(dequantised.dtype))
+    if dtype == "float32":
+        assert greedy_tokens(model) == greedy_tokens(dequantised)
+    assert all(len(tokens) == 12 for tokens in greedy_tokens(model))
+
+
 def test_dtype_and_buffers(tmp_path: Path) -> None:
     """Activations are in the dtype asked for; rotary frequencies are float32 and what transformers computes."""
     scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
@@ -168,8 +227,7 @@ def test_checkpoints_that_are_not_quantised_load_too(tmp_path: Path) -> None:
         assert greedy_tokens(model) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
 
-def test_an_adapter_learns_on_top(tmp_path: Path) -> None:
-    """Gradients come through quantised layers to whatever stands before them."""
+def test_gradients_come_through_quantised_layers(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *gptq(act_order=True))
     model = hf_paged.load(tmp_path)
     ids = torch.tensor(PROMPTS[2:])
@@ -178,6 +236,32 @@ def test_an_adapter_learns_on_top(tmp_path: Path) -> None:
     found, expected = (each.model.embed_tokens.weight.grad for each in (model, meant))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert float(expected.norm()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("name", ["awq", "fp8 in blocks"])
+def test_adapters_on_quantised_layers_are_trained_and_generate(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import Linear
+
+    write_checkpoint(tmp_path, *CHECKPOINTS[name])
+    options = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    options._register_custom_module({W4Linear: Linear, FP8Linear: Linear})
+    model = hf_paged.wrap(get_peft_model(hf_paged.load(tmp_path), options))
+    before = greedy_tokens(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.tensor(PROMPTS[2:])
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    after = greedy_tokens(model)
+    assert after != before and after == [stock_greedy(model, prompt, 12) for prompt in PROMPTS]
 
 
 # ---- what is wrong -------------------------------------------------------------------------------------------------
@@ -240,6 +324,13 @@ def test_tensors_without_a_place_are_named(tmp_path: Path, caplog: pytest.LogCap
     assert "more.weight" in said and "inv_freq" not in said
 
 
+def test_an_fp8_weight_without_its_scale_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, *CHECKPOINTS["fp8 in blocks"])
+    change_tensors(tmp_path, lambda t: t.pop(f"{DOWN}.weight_scale_inv"))
+    with pytest.raises(ValueError, match=rf"lacks tensors of LlamaForCausalLM: {DOWN}\.weight_scale_inv$"):
+        hf_paged.load(tmp_path)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_truncated_file_is_named(shards: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *awq(), shards=shards)
@@ -273,6 +364,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "bits": ({"quantization_config": GPTQ_CONFIG | {"bits": 8}}, r"bits=8, and supported are: 4"),
     "tied": ({"tie_word_embeddings": True}, "lm_head is quantised, and by config.json its weight is tied"),
     "another model": ({"hidden_size": 32, "head_dim": 16}, r"must have the shape"),
+    "fp8": ({"quantization_config": DEEPSEEK_CONFIG}, "none of the model's linear layers has tensors of the format"),
     "a quantizer of transformers": (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         r"quantised with 'bitsandbytes'.*from_pretrained.*hf_paged\.wrap",
@@ -292,7 +384,7 @@ def test_configs_that_do_not_go_with_the_tensors(what: str, tmp_path: Path) -> N
 def test_plain_weights_under_a_quantization_config(tmp_path: Path) -> None:
     writers.tiny_llama().save_pretrained(tmp_path)
     change_config(tmp_path, quantization_config=AWQ_CONFIG)
-    with pytest.raises(ValueError, match="none of the model's linear layers has tensors of that format"):
+    with pytest.raises(ValueError, match="none of the model's linear layers has tensors of the format"):
         hf_paged.load(tmp_path)
 
 

@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+Layer = dict[str, Tensor]
+WriteLayer = Callable[[int, int, int], tuple[Layer, Tensor]]
+"""(inputs, outputs, seed) -> (a layer's tensors, the weight that they mean)."""
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word belongs to this one of its eight outputs."""
 
@@ -99,11 +103,58 @@ def gptq(weight: Weight, version: int) -> dict[str, Tensor]:
     }
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
+def pack_quantized(weight: Weight, *, symmetric: bool, act_order: bool = False) -> dict[str, Tensor]:
+    outputs, inputs = len(weight.codes[0]), len(weight.codes)
+    layer = {
+        "weight_packed": int32(pack_rows(transposed(weight.codes))),
+        "weight_scale": weight.scales.T,
+        "weight_shape": torch.tensor([outputs, inputs]),
+    }
+    if not symmetric:
+        layer["weight_zero_point"] = int32(transposed(pack_rows(weight.zeros)))
+    return layer | ({"weight_g_idx": int32(weight.groups)} if act_order else {})
 
-Layer = dict[str, Tensor]
-WriteLayer = Callable[[int, int, int], tuple[Layer, Tensor]]
-"""(inputs, outputs, seed) -> (a layer's tensors, the weight that they mean)."""
+
+def e4m3(bits: int) -> float:
+    """What a byte means: a sign, four bits of exponent and three of mantissa; 0x7f and 0xff are NaN."""
+    sign, exponent, mantissa = bits >> 7, bits >> 3 & 15, bits & 7
+    assert bits & 127 != 127
+    size = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+    return -size if sign else size
+
+
+def fp8_writer(
+    scale_name: str, block: tuple[int, int] | None, scale_shape: tuple[int, ...] | None = None
+) -> WriteLayer:
+    """Weights of random bytes.
+
+    Args:
+        scale_name: of the tensor of scales.
+        block: that share one; None: an output, or everything where `scale_shape` says so.
+        scale_shape: of a single scale.
+    """
+
+    def write_layer(inputs: int, outputs: int, seed: int) -> tuple[Layer, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        octets = torch.randint(0, 127, (outputs, inputs), generator=generator)
+        octets += 128 * torch.randint(0, 2, (outputs, inputs), generator=generator)
+        height, width = block or ((1, inputs) if scale_shape is None else (outputs, inputs))
+        scales = 1e-3 * (1 + torch.rand(-(-outputs // height), -(-inputs // width), generator=generator))
+        table, factors = [e4m3(bits) if bits & 127 != 127 else 0.0 for bits in range(256)], scales.tolist()
+        rows = [
+            [table[bits] * factors[n // height][k // width] for k, bits in enumerate(row)]
+            for n, row in enumerate(octets.tolist())
+        ]
+        layer = {
+            "weight": octets.to(torch.uint8).view(torch.float8_e4m3fn),
+            scale_name: scales if scale_shape is None else scales.reshape(scale_shape),
+        }
+        return layer, torch.tensor(rows)
+
+    return write_layer
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 def layer_writer(write: Callable[[Weight], Layer], group_size: int, **options: bool) -> WriteLayer:
@@ -183,3 +234,37 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> N
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+
+
+def compressed_config(
+    format: str, weights: dict[str, Any], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def w4_config(group_size: int, symmetric: bool) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "dynamic": False}
+    grouped = {"strategy": "channel", "group_size": None} if group_size == -1 else {"strategy": "group"}
+    return compressed_config("pack-quantized", {"group_size": group_size} | weights | grouped)
+
+
+def fp8_config(strategy: str, **options: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy}
+    activations = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    return compressed_config("float-quantized", weights | options, activations)
+
+
+DEEPSEEK_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}

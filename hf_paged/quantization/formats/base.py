@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
+from hf_paged.quantization.fp8 import FP8Linear
 from hf_paged.quantization.w4 import W4Linear, pack_nibbles, unpack_nibbles
 
-QuantizedLinear = W4Linear
+QuantizedLinear = W4Linear | FP8Linear
+
 INT32 = frozenset({torch.int32})
+ONE: tuple[tuple[int, ...], ...] = ((), (1,))
+"""Shapes of a single number."""
 
 
 class Format(Protocol):
