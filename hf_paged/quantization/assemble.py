@@ -76,6 +76,8 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     unexpected = [name for name in checkpoint.entries if name not in used and not _is_ignored(model, name)]
     if missing:
         also = f"; tensors without a place in the model: {_some(unexpected)}" if unexpected else ""
+        if any(".experts." in name for name in missing):
+            also += ". Quantised experts of a mixture are not supported"
         raise ValueError(f"{checkpoint.folder} lacks tensors of {type(model).__name__}: {_some(missing)}{also}")
     if unexpected:
         logger.warning(

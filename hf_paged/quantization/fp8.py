@@ -59,7 +59,7 @@ _library.define("fp8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias
 
 def _fp8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
     outputs, inputs = weight.shape
-    rows = x.reshape(-1, inputs)
+    rows = x.reshape(-1, inputs).contiguous()
     if rows.shape[0] and _multiplies_in_fp8(rows, weight, block):
         out = multiply_in_fp8(rows, weight, scales)
     else:

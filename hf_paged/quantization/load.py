@@ -167,6 +167,8 @@ def _quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """
     options = read_json(folder / "config.json").get("quantization_config")
     if options:
+        if not isinstance(options, dict):
+            raise ValueError(f"{folder / 'config.json'}: quantization_config must be an object, and is {options!r}")
         return str(options.get("quant_method", "gptq")).lower(), options
     early = folder / "quantize_config.json"
     if early.exists():

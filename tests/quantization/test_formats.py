@@ -229,6 +229,8 @@ def test_what_is_written_in_fp8_is_read(kind: str, inputs: int, outputs: int, se
         (Fp8, {"weight_block_size": [128]}, r"weight_block_size=\[128\]"),
         (Fp8, {"scale_fmt": "ue8m0"}, "scale_fmt='ue8m0'"),
         (compressed_tensors, {}, "config_groups"),
+        (compressed_tensors, {"config_groups": ["W4A16"]}, "config_groups"),
+        (compressed_tensors, {"config_groups": {"group_0": {"weights": None}}}, "config_groups"),
         (compressed_tensors, w4_config(32, True) | {"format": "marlin-24"}, "format='marlin-24'"),
         (compressed_tensors, w4_config(32, True) | {"sparsity_config": {"format": "sparse-24"}}, "'sparse-24'"),
         (compressed_tensors, writers.compressed_config("int-quantized", {"num_bits": 8}), "format='int-quantized'"),

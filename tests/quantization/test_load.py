@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.families import make_prompts, stock_greedy
+from models.families import make_model, make_prompts, stock_greedy
 from quantization import writers
 from quantization.writers import (
     AWQ_CONFIG,
@@ -30,6 +31,7 @@ from hf_paged.quantization.fp8 import FP8Linear
 from hf_paged.quantization.w4 import W4Linear
 
 PROMPTS = make_prompts([5, 9, 17])
+load = functools.partial(hf_paged.load, device="cpu")
 GREEDY = hf_paged.SamplingParams(temperature=0.0, max_tokens=12)
 
 
@@ -82,7 +84,7 @@ CHECKPOINTS: dict[str, tuple[WriteLayer, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_greedy_tokens_are_the_dequantised_models(name: str, tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *CHECKPOINTS[name])
-    model = hf_paged.load(tmp_path)
+    model = load(tmp_path)
     layers = [module for module in model.modules() if isinstance(module, W4Linear | FP8Linear)]
     assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
     expected = [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
@@ -91,10 +93,36 @@ def test_greedy_tokens_are_the_dequantised_models(name: str, tmp_path: Path) -> 
     torch.testing.assert_close(model(ids).logits, meant(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+FAMILIES_OF_LINEAR_LAYERS = [
+    "Qwen2",
+    "Qwen3",
+    "Mistral",
+    "Gemma2",
+    "Gemma3",
+    "Phi3",
+    "Olmo2",
+    "Cohere",
+    "Glm4",
+    "Granite",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_LINEAR_LAYERS)
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """With their biases, tied heads, and buffers that no checkpoint holds."""
+    meant = write_checkpoint(tmp_path, *gptq(act_order=True), model=make_model(family))
+    model = load(tmp_path)
+    ids = torch.tensor(PROMPTS[:1])
+    torch.testing.assert_close(model(ids).logits, meant(ids).logits, rtol=1e-3, atol=1e-3)
+    assert {name for name, _ in model.named_buffers()} > {name for name, _ in meant.named_buffers()}
+    assert all(torch.equal(buffer, model.get_buffer(name)) for name, buffer in meant.named_buffers())
+    assert all(greedy_tokens(model))
+
+
 def test_groups_of_128(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     meant = write_checkpoint(tmp_path, *gptq(128), **sizes)
-    assert greedy_tokens(hf_paged.load(tmp_path)) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
+    assert greedy_tokens(load(tmp_path)) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
 
 def test_shards_tied_weights_and_biases(tmp_path: Path) -> None:
@@ -109,7 +137,7 @@ def test_shards_tied_weights_and_biases(tmp_path: Path) -> None:
         tensors = load_file(tmp_path / file)
         biases = {name: meant.get_parameter(name).data for name in tensors if name.endswith("bias")}
         writers.save_file(tensors | biases, tmp_path / file)
-    model = hf_paged.load(tmp_path)
+    model = load(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert greedy_tokens(model) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
@@ -118,7 +146,7 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
     write, config = awq()
     keep = ("lm_head", "down_proj", "layers.1.self_attn.q_proj")
     meant = write_checkpoint(tmp_path, write, config | {"modules_to_not_convert": list(keep)}, keep=keep)
-    model = hf_paged.load(tmp_path)
+    model = load(tmp_path)
     plain = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert plain == {"lm_head", "model.layers.1.self_attn.q_proj"} | {
         f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)
@@ -128,7 +156,7 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_a_quantised_head(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *gptq(), keep=())
-    model = hf_paged.load(tmp_path)
+    model = load(tmp_path)
     assert isinstance(model.lm_head, W4Linear)
     assert greedy_tokens(model) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
@@ -143,7 +171,7 @@ def test_biases_that_the_model_does_not_have(fill: float, tmp_path: Path) -> Non
         return layer | {"bias": torch.full((outputs,), fill, dtype=torch.float16)}, weight
 
     write_checkpoint(tmp_path, with_bias, config)
-    down = hf_paged.load(tmp_path).model.layers[0].mlp.down_proj
+    down = load(tmp_path).model.layers[0].mlp.down_proj
     assert (down.bias is None) if fill == 0.0 else torch.equal(down.bias, torch.full((64,), fill))
 
 
@@ -152,22 +180,22 @@ def test_options_in_a_file_of_their_own(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, write, config)
     change_config(tmp_path, quantization_config=None)
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False}))
-    assert greedy_tokens(hf_paged.load(tmp_path)) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
+    assert greedy_tokens(load(tmp_path)) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
 
 def test_none_dequantises(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *gptq(act_order=True))
-    model = hf_paged.load(tmp_path, quantization=None)
+    model = load(tmp_path, quantization=None)
     assert not any(isinstance(module, W4Linear) for module in model.modules())
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in meant.named_parameters())
     assert model.config.quantization_config is None
     model.save_pretrained(tmp_path / "plain")
-    assert greedy_tokens(hf_paged.load(tmp_path / "plain")) == greedy_tokens(model)
+    assert greedy_tokens(load(tmp_path / "plain")) == greedy_tokens(model)
 
 
 def test_none_dequantises_fp8(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *CHECKPOINTS["fp8 in small blocks"])
-    model = hf_paged.load(tmp_path, quantization=None)
+    model = load(tmp_path, quantization=None)
     for name, weight in meant.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-6, atol=0)
 
@@ -177,7 +205,7 @@ def test_fp8_on_the_fly(dtype: str, tmp_path: Path) -> None:
     """Every layer but the head, with a scale per output, to the precision that four bits of mantissa have."""
     meant = writers.tiny_llama(attention_bias=True)
     meant.save_pretrained(tmp_path)
-    model = hf_paged.load(tmp_path, dtype=dtype, quantization="fp8")
+    model = load(tmp_path, dtype=dtype, quantization="fp8")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
     assert len(layers) == 14 and type(model.lm_head) is torch.nn.Linear
     for name, layer in layers.items():
@@ -185,7 +213,7 @@ def test_fp8_on_the_fly(dtype: str, tmp_path: Path) -> None:
         assert float((layer.dequantize(torch.float32) - weight).norm()) < 0.04 * float(weight.norm())
         assert layer.weight.element_size() == 1 and layer.scales.shape == (layer.out_features, 1)
         assert (layer.bias is None) == (".mlp." in name)
-    dequantised = hf_paged.load(tmp_path, dtype=dtype)
+    dequantised = load(tmp_path, dtype=dtype)
     for name, layer in layers.items():
         dequantised.get_submodule(name).weight.data.copy_(layer.dequantize(dequantised.dtype))
     if dtype == "float32":
@@ -198,7 +226,7 @@ def test_dtype_and_buffers(tmp_path: Path) -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     meant = write_checkpoint(tmp_path, *awq(), rope_parameters=scaled)
-    model = hf_paged.load(tmp_path, dtype="bfloat16")
+    model = load(tmp_path, dtype="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype is torch.bfloat16
     assert model.model.layers[0].mlp.up_proj.scales.dtype is torch.bfloat16
@@ -209,27 +237,27 @@ def test_dtype_and_buffers(tmp_path: Path) -> None:
 
 def test_options_reach_wrap(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *awq())
-    model = hf_paged.load(tmp_path, page_size=8, max_num_seqs=3)
+    model = load(tmp_path, page_size=8, max_num_seqs=3)
     assert model.engine.executor.page_size == 8 and model.engine.executor.max_num_seqs == 3
 
 
 def test_a_generation_config_is_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *awq())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.5}))
-    assert hf_paged.load(tmp_path).generation_config.eos_token_id == 7
+    assert load(tmp_path).generation_config.eos_token_id == 7
 
 
 def test_checkpoints_that_are_not_quantised_load_too(tmp_path: Path) -> None:
     meant = writers.tiny_llama()
     meant.save_pretrained(tmp_path)
     for quantization in ("auto", None):
-        model = hf_paged.load(tmp_path, quantization=quantization)
+        model = load(tmp_path, quantization=quantization)
         assert greedy_tokens(model) == [stock_greedy(meant, prompt, 12) for prompt in PROMPTS]
 
 
 def test_gradients_come_through_quantised_layers(tmp_path: Path) -> None:
     meant = write_checkpoint(tmp_path, *gptq(act_order=True))
-    model = hf_paged.load(tmp_path)
+    model = load(tmp_path)
     ids = torch.tensor(PROMPTS[2:])
     for each in (model, meant):
         each(input_ids=ids, labels=ids).loss.backward()
@@ -247,14 +275,14 @@ def test_adapters_on_quantised_layers_are_trained_and_generate(name: str, tmp_pa
     write_checkpoint(tmp_path, *CHECKPOINTS[name])
     options = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     options._register_custom_module({W4Linear: Linear, FP8Linear: Linear})
-    model = hf_paged.wrap(get_peft_model(hf_paged.load(tmp_path), options))
+    model = hf_paged.wrap(get_peft_model(load(tmp_path), options))
     before = greedy_tokens(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     ids = torch.tensor(PROMPTS[2:])
     losses = []
     for _ in range(8):
         loss = model(input_ids=ids, labels=ids).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -312,14 +340,31 @@ def test_wrong_tensors_are_named(what: str, tmp_path: Path) -> None:
     change, message = WRONG_TENSORS[what]
     change_tensors(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
+
+
+def test_quantised_experts_are_refused(tmp_path: Path) -> None:
+    mixture = make_model("Mixtral")
+    mixture.save_pretrained(tmp_path)
+    write, config = awq()
+    change_config(tmp_path, quantization_config=config)
+
+    def quantize(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if ".w1.weight" in name or "q_proj.weight" in name]:
+            outputs, inputs = tensors.pop(name).shape
+            layer, _ = write(inputs, outputs, 0)
+            tensors.update({name.replace("weight", part): tensor for part, tensor in layer.items()})
+
+    change_tensors(tmp_path, quantize)
+    with pytest.raises(ValueError, match=r"w1\.qweight.*Quantised experts of a mixture are not supported"):
+        load(tmp_path)
 
 
 def test_tensors_without_a_place_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_checkpoint(tmp_path, *gptq())
     change_tensors(tmp_path, lambda t: t.update({"more.weight": torch.ones(2)}))
     change_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    hf_paged.load(tmp_path)
+    load(tmp_path)
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_paged")]
     assert "more.weight" in said and "inv_freq" not in said
 
@@ -328,7 +373,7 @@ def test_an_fp8_weight_without_its_scale_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *CHECKPOINTS["fp8 in blocks"])
     change_tensors(tmp_path, lambda t: t.pop(f"{DOWN}.weight_scale_inv"))
     with pytest.raises(ValueError, match=rf"lacks tensors of LlamaForCausalLM: {DOWN}\.weight_scale_inv$"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -337,14 +382,22 @@ def test_a_truncated_file_is_named(shards: int, tmp_path: Path) -> None:
     file = sorted(tmp_path.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{file.name} is truncated or corrupt"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_cut_off_is_named(file: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, *awq(), shards=2)
+    (tmp_path / file).write_text((tmp_path / file).read_text()[:-5])
+    with pytest.raises(ValueError, match=rf"{file} is not valid JSON"):
+        load(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *awq(), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.safetensors is missing"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_shard_that_lacks_what_the_index_says_is_named(tmp_path: Path) -> None:
@@ -354,7 +407,7 @@ def test_a_shard_that_lacks_what_the_index_says_is_named(tmp_path: Path) -> None
     name = sorted(tensors)[0]
     writers.save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
     with pytest.raises(ValueError, match=f"{file.name}: the tensor {name} is missing"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -362,6 +415,7 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "group size": ({"quantization_config": GPTQ_CONFIG | {"group_size": 64}}, r"qzeros must have the shape \[1, 8\]"),
     "groups that do not fit": ({"quantization_config": GPTQ_CONFIG | {"group_size": 48}}, "multiple of 8 and of the"),
     "bits": ({"quantization_config": GPTQ_CONFIG | {"bits": 8}}, r"bits=8, and supported are: 4"),
+    "no options": ({"quantization_config": "gptq"}, r"config\.json: quantization_config must be an object"),
     "tied": ({"tie_word_embeddings": True}, "lm_head is quantised, and by config.json its weight is tied"),
     "another model": ({"hidden_size": 32, "head_dim": 16}, r"must have the shape"),
     "fp8": ({"quantization_config": DEEPSEEK_CONFIG}, "none of the model's linear layers has tensors of the format"),
@@ -378,21 +432,21 @@ def test_configs_that_do_not_go_with_the_tensors(what: str, tmp_path: Path) -> N
     changes, message = WRONG_CONFIGS[what]
     change_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 def test_plain_weights_under_a_quantization_config(tmp_path: Path) -> None:
     writers.tiny_llama().save_pretrained(tmp_path)
     change_config(tmp_path, quantization_config=AWQ_CONFIG)
     with pytest.raises(ValueError, match="none of the model's linear layers has tensors of the format"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_plain_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
     writers.tiny_llama().save_pretrained(tmp_path)
     change_tensors(tmp_path, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"lacks tensors of LlamaForCausalLM: model\.norm\.weight"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -408,17 +462,17 @@ def test_a_plain_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *awq())
     with pytest.raises(error, match=message):
-        hf_paged.load(tmp_path, **arguments)
+        load(tmp_path, **arguments)
 
 
 def test_a_format_asked_of_a_plain_checkpoint(tmp_path: Path) -> None:
     writers.tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not quantised, and quantization='awq'"):
-        hf_paged.load(tmp_path, quantization="awq")
+        load(tmp_path, quantization="awq")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        hf_paged.load(tmp_path)
+        load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        hf_paged.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")

@@ -188,22 +188,24 @@ def write_checkpoint(
     write_layer: WriteLayer,
     quantization: dict[str, Any],
     *,
+    model: Any = None,
     keep: tuple[str, ...] = ("lm_head",),
     shards: int = 1,
     **changes: Any,
-) -> LlamaForCausalLM:
-    """Writes a quantised tiny Llama.
+) -> Any:
+    """Writes a quantised tiny model.
 
     Args:
         quantization: `quantization_config`.
+        model: float32, to be quantised in place; None makes a Llama.
         keep: linear layers that are not quantised, by a part of their name.
         shards: files.
-        changes: of the model's config.
+        changes: of the Llama's config.
 
     Returns:
         the float32 model that the checkpoint means.
     """
-    model = tiny_llama(**changes)
+    model = tiny_llama(**changes) if model is None else model
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -214,7 +216,7 @@ def write_checkpoint(
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{part}": tensor for part, tensor in layer.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     save_tensors(folder, tensors, shards)
     return model

@@ -42,8 +42,9 @@ def compressed_tensors(options: Mapping[str, Any]) -> Format:
     """
     sparsity = options.get("sparsity_config") or {}
     option({"sparsity_config.format": sparsity.get("format")}, "sparsity_config.format", (None, "dense"), None)
-    groups = list((options.get("config_groups") or {}).values())
-    if not groups or not all(isinstance(group.get("weights"), Mapping) for group in groups):
+    by_name = options.get("config_groups")
+    groups = list(by_name.values()) if isinstance(by_name, Mapping) else []
+    if not groups or not all(isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping) for g in groups):
         raise ValueError("the quantization config must say in config_groups how weights are quantised")
     weights = groups[0]["weights"]
     if any(_essence(group["weights"]) != _essence(weights) for group in groups):
