@@ -11,9 +11,8 @@ from gpu_models import needs_gpu
 from models.families import make_prompts
 from quantization import writers
 from quantization.test_fp8 import make_layer as make_fp8_layer
-from quantization.test_load import CHECKPOINTS
 from quantization.test_w4 import make_layer as make_w4_layer
-from quantization.writers import write_checkpoint
+from quantization.writers import CHECKPOINTS, write_checkpoint
 
 import hf_paged
 from hf_paged.quantization.w4 import FEW_ROWS

@@ -138,10 +138,10 @@ def test_every_byte_of_fp8() -> None:
 # ---- random layers -------------------------------------------------------------------------------------------------
 
 WRITERS: dict[str, tuple[Callable[[Weight], Layer], Callable[[int], Format], bool]] = {
-    "awq": (writers.awq, lambda size: Awq(AWQ_CONFIG | {"group_size": size}), False),
-    "gptq": (lambda weight: writers.gptq(weight, 1), lambda size: Gptq(GPTQ_CONFIG | {"group_size": size}), True),
+    "awq": (writers.write_awq, lambda size: Awq(AWQ_CONFIG | {"group_size": size}), False),
+    "gptq": (lambda weight: writers.write_gptq(weight, 1), lambda size: Gptq(GPTQ_CONFIG | {"group_size": size}), True),
     "gptq_v2": (
-        lambda weight: writers.gptq(weight, 2),
+        lambda weight: writers.write_gptq(weight, 2),
         lambda size: Gptq(GPTQ_CONFIG | {"group_size": size, "checkpoint_format": "gptq_v2"}),
         True,
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,7 +85,7 @@ def random_weight(
 # ---- layers --------------------------------------------------------------------------------------------------------
 
 
-def awq(weight: Weight) -> dict[str, Tensor]:
+def write_awq(weight: Weight) -> dict[str, Tensor]:
     return {
         "qweight": int32(pack_rows(weight.codes, AWQ_ORDER)),
         "qzeros": int32(pack_rows(weight.zeros, AWQ_ORDER)),
@@ -93,7 +93,7 @@ def awq(weight: Weight) -> dict[str, Tensor]:
     }
 
 
-def gptq(weight: Weight, version: int) -> dict[str, Tensor]:
+def write_gptq(weight: Weight, version: int) -> dict[str, Tensor]:
     zeros = weight.zeros if version == 2 else [[(zero - 1) % 16 for zero in row] for row in weight.zeros]
     return {
         "qweight": int32(transposed(pack_rows(transposed(weight.codes)))),
@@ -269,4 +269,60 @@ DEEPSEEK_CONFIG = {
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
+}
+
+
+# ---- formats by name -----------------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_tensors(folder, tensors)
+
+
+def awq(size: int = 32, **options: bool) -> tuple[WriteLayer, dict[str, Any]]:
+    return layer_writer(write_awq, size, **options), AWQ_CONFIG | {"group_size": size}
+
+
+def gptq(size: int = 32, version: int = 1, **options: bool) -> tuple[WriteLayer, dict[str, Any]]:
+    config = {"group_size": size, "checkpoint_format": "gptq_v2" if version == 2 else "gptq"}
+    config["desc_act"] = options.get("act_order", False)
+    return layer_writer(lambda weight: write_gptq(weight, version), size, **options), GPTQ_CONFIG | config
+
+
+def packed(size: int = 32, *, symmetric: bool = True, act_order: bool = False) -> tuple[WriteLayer, dict[str, Any]]:
+    def write(weight: Weight) -> Layer:
+        return pack_quantized(weight, symmetric=symmetric, act_order=act_order)
+
+    return layer_writer(write, size, symmetric=symmetric, act_order=act_order), w4_config(size, symmetric)
+
+
+CHECKPOINTS: dict[str, tuple[WriteLayer, dict[str, Any]]] = {
+    "awq": awq(),
+    "awq, groups of 64": awq(64),
+    "awq, one group": awq(-1),
+    "gptq": gptq(),
+    "gptq, symmetric": gptq(64, symmetric=True),
+    "gptq, act-order": gptq(act_order=True),
+    "gptq, one group": gptq(-1),
+    "gptq v2": gptq(64, version=2),
+    "gptq v2, act-order": gptq(version=2, act_order=True),
+    "compressed": packed(),
+    "compressed, asymmetric": packed(64, symmetric=False),
+    "compressed, a scale per output": packed(-1),
+    "compressed, act-order": packed(symmetric=False, act_order=True),
+    "compressed fp8, a scale per output": (fp8_writer("weight_scale", None), fp8_config("channel")),
+    "compressed fp8, one scale": (fp8_writer("weight_scale", None, (1,)), fp8_config("tensor")),
+    "fp8 in blocks": (fp8_writer("weight_scale_inv", (128, 128)), DEEPSEEK_CONFIG),
+    "fp8 in small blocks": (
+        fp8_writer("weight_scale_inv", (48, 32)),
+        DEEPSEEK_CONFIG | {"weight_block_size": [48, 32]},
+    ),
+    "fp8, one scale": (fp8_writer("weight_scale", None, ()), DEEPSEEK_CONFIG | {"weight_block_size": None}),
 }
