@@ -1,4 +1,4 @@
-"""hf_paged.load: whole checkpoints of a tiny Llama, and what is wrong with them."""
+"""hf_paged.load: whole checkpoints of tiny models, and the tokens, gradients and adapters that come of them."""
 
 from __future__ import annotations
 
