@@ -3,6 +3,7 @@
 from hf_paged.config import EngineConfig
 from hf_paged.model.introspect import UnsupportedModelError
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
+from hf_paged.quantization.load import load
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.wrap import PagedGenerationMixin, unwrap, wrap
 
@@ -17,6 +18,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "UnsupportedModelError",
+    "load",
     "unwrap",
     "wrap",
 ]

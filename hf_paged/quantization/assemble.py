@@ -1,0 +1,201 @@
+"""A model on the meta device and a checkpoint become a model: what goes where is settled before a tensor is read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
+from hf_paged.quantization.formats.base import Format, QuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is read from a checkpoint, and where it goes."""
+
+    layers: dict[str, list[str]]
+    """The quantised linear layers by name, and the last parts of their tensors' names, "bias" among them."""
+    tensors: list[str]
+    """Parameters and buffers of everything else."""
+    tied: set[str]
+    """Parameters that the checkpoint lacks because they are others."""
+
+
+def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
+    """Decides by the checkpoint's tensors which layers are quantised, and checks all names, shapes and dtypes.
+
+    Args:
+        model: a transformers model, on the meta device.
+
+    Raises:
+        ValueError: tensors are missing or of another shape or dtype, or no layer is quantised.
+    """
+    by_module: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for name, entry in checkpoint.entries.items():
+        module, _, part = name.rpartition(".")
+        by_module[module][part] = entry
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    layers: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and format.holds(found := by_module[name]):
+            specs = _layer_specs(name, module, format, checkpoint)
+            missing += [f"{name}.{part}" for part, spec in specs.items() if spec.required and part not in found]
+            layers[name] = [part for part in specs if part in found]
+            for part in layers[name]:
+                specs[part].check(found[part])
+            if f"{name}.weight" in {*ties, *ties.values()}:
+                raise ValueError(
+                    f"{checkpoint.folder}: {name} is quantised, and by config.json its weight is tied to another: set "
+                    "tie_word_embeddings to false there"
+                )
+    if not layers:
+        raise ValueError(
+            f"{checkpoint.folder}: config.json says that it is quantised, and none of the model's linear layers has "
+            "tensors of the format that it names"
+        )
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    tensors = [name for name in expected if name in checkpoint.entries]
+    for name in tensors:
+        TensorSpec((tuple(expected[name].shape),), _alike(expected[name])).check(checkpoint.entries[name])
+    present = set(tensors)
+    tied = {end for pair in ties.items() for end in pair if end not in present and not present.isdisjoint(pair)}
+    missing += [name for name in expected if name not in present and name not in tied]
+    used = present | {f"{name}.{part}" for name, parts in layers.items() for part in parts}
+    unexpected = [name for name in checkpoint.entries if name not in used and not _is_ignored(model, name)]
+    if missing:
+        also = f"; tensors without a place in the model: {_some(unexpected)}" if unexpected else ""
+        if any(".experts." in name for name in missing):
+            also += ". Quantised experts of a mixture are not supported"
+        raise ValueError(f"{checkpoint.folder} lacks tensors of {type(model).__name__}: {_some(missing)}{also}")
+    if unexpected:
+        logger.warning(
+            "%s: tensors without a place in the model are left out: %s", checkpoint.folder, _some(unexpected)
+        )
+    return Plan(layers, tensors, tied)
+
+
+def assemble(
+    model: Any,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    format: Format,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dequantized: bool,
+) -> None:
+    """Reads what the plan says into the model, tensor by tensor, so that nothing is in memory twice for long.
+
+    Args:
+        dtype: of activations and of dequantised weights.
+        dequantized: put ordinary linear layers in the places of the quantised ones.
+
+    Raises:
+        ValueError: a quantised layer's tensors cannot be what they are; the model is then of no use.
+    """
+    for name, parts in plan.layers.items():
+        layer: nn.Module = _read_layer(name, parts, checkpoint, format, dtype, device)
+        if dequantized:
+            layer = plain_linear(layer.dequantize(dtype), layer.bias)  # type: ignore[operator, arg-type]
+        model.set_submodule(name, layer)
+    # Kept in float32, as transformers itself does.
+    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
+    kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else []
+    for name in plan.tensors:
+        tensor = checkpoint.read([name], device)[name]
+        _place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
+    model.tie_weights(missing_keys=set(plan.tied), recompute_mapping=False)
+    _compute_buffers(model, device)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An ordinary linear layer over `[N, K]` and `[N]`, which become its parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
+
+
+def _layer_specs(name: str, linear: nn.Linear, format: Format, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    try:
+        specs = format.specs(linear.in_features, linear.out_features)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.folder}: the layer {name} cannot be quantised like this: {error}") from error
+    # Some writers give every layer a bias, of zeros where the model has none.
+    return specs | {"bias": TensorSpec(((linear.out_features,),), required=linear.bias is not None)}
+
+
+def _read_layer(
+    name: str, parts: list[str], checkpoint: Checkpoint, format: Format, dtype: torch.dtype, device: torch.device
+) -> QuantizedLinear:
+    tensors = checkpoint.read([f"{name}.{part}" for part in parts], device)
+    tensors = {part: tensors[f"{name}.{part}"] for part in parts}
+    bias = tensors.pop("bias", None)
+    try:
+        return format.read(tensors, bias.to(dtype) if bias is not None and bias.any() else None, dtype)
+    except ValueError as error:
+        file = checkpoint.entries[f"{name}.{parts[0]}"].file
+        raise ValueError(f"{file}: the layer {name} cannot be read: {error}") from error
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Puts a tensor where one on the meta device was, in `dtype` or in that one's."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    old = getattr(parent, leaf)
+    tensor = tensor.to(dtype or old.dtype)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers initialises no more
+    setattr(parent, leaf, tensor)
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings.
+
+    transformers computes them where it initialises the module that has them.
+
+    Raises:
+        ValueError: it left one out.
+    """
+    computed = []
+    for name, module in model.named_modules():
+        own = [leaf for leaf in sorted(module._non_persistent_buffers_set) if module._buffers[leaf] is not None]
+        for leaf in own:
+            buffer = torch.empty_like(module._buffers[leaf], device=device)
+            module._buffers[leaf] = buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer.zero_()
+            computed.append((f"{name}.{leaf}", module, leaf))
+        module._is_hf_initialized = not own
+    model.initialize_weights()
+    for name, module, leaf in computed:
+        if module._buffers[leaf].isnan().any():
+            raise ValueError(f"transformers does not say what the buffer {name} of {type(model).__name__} holds")
+
+
+def _alike(tensor: Tensor) -> frozenset[torch.dtype]:
+    """The dtypes that may be converted to a tensor's own."""
+    return TensorSpec(()).dtypes if tensor.is_floating_point() else frozenset({tensor.dtype})
+
+
+def _is_ignored(model: Any, name: str) -> bool:
+    """Whether the model says of a tensor that checkpoints may hold it for nothing."""
+    patterns: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$"))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
