@@ -37,6 +37,8 @@ from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
+from hf_paged.quantization.fp8 import FP8Linear
+from hf_paged.quantization.w4 import W4Linear
 from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
@@ -219,8 +221,7 @@ class ModelExecutor(Executor):
         self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
         # Their forwards are of more rows than hidden states of graphs have a place for.
         if hasattr(backend, "capture_mixed") and (self.drafter is None or self.drafter.hidden is None):
-            num_params = sum(parameter.numel() for parameter in self._lm.parameters())
-            self._mixed = MixedGraphs(self._runner, backend, self._graphs, num_params)
+            self._mixed = MixedGraphs(self._runner, backend, self._graphs, _num_weights(self._lm))
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
@@ -456,6 +457,14 @@ class ModelExecutor(Executor):
             self._fused = None
         if self.drafter is not None:
             self.drafter.close()
+
+
+def _num_weights(lm: nn.Module) -> int:
+    """Those of quantised layers too, which are no parameters."""
+    linear = sum(
+        m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear | W4Linear | FP8Linear)
+    )
+    return max(linear, sum(parameter.numel() for parameter in lm.parameters()))
 
 
 def _all_fused(sequences: list[Sequence]) -> bool:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from hf_paged import cli
 from hf_paged.bench import engines, isolate, models, peers, throughput
 from hf_paged.bench.floor import Floor, Rates
 from hf_paged.bench.run import EngineRun, Settings, TimeLimitError, best_of
@@ -259,6 +261,7 @@ def test_command_prints_json_or_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert data["runs"][0]["note"].count("pages of 64;") == 1
     assert data["runs"][1]["same_tokens"] == 1.0
     assert data["runs"][0]["floor_fraction"] > 0
-    result = CliRunner().invoke(app, [*command, "--workload", "samples"], env={"COLUMNS": "240"})
+    monkeypatch.setattr(cli, "console", Console(width=240))
+    result = CliRunner().invoke(app, [*command, "--workload", "samples"])
     assert result.exit_code == 0, result.output
     assert "of the floor" in result.output and "prompt read once" in result.output
