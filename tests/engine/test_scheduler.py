@@ -202,8 +202,8 @@ class Driver:
 
     def computed_by_another(self, sequence: Sequence, batch: Batch) -> bool:
         scheduler, size = self.scheduler, self.scheduler.page_size
-        if not scheduler.enable_prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return False
+        if not scheduler.enable_prefix_caching or sequence.logits_from is not None:
+            return False  # who wants its prompt's log-probabilities, until it has a token of its own
         most = (len(sequence.tokens) - 1) // size
         end = (len(scheduler.tree.match(sequence.tokens, most)) + 1) * size
         begins = sequence.tokens[:end]
