@@ -53,19 +53,25 @@ class CompiledLayers:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Within it the layers' calls are the compiled ones."""
-        before = [layer.__dict__.get(CALL) for layer in self._layers]
-        try:
-            for layer, call in zip(self._layers, self._calls, strict=True):
-                layer.__dict__[CALL] = call
-            # transformers' layers share one function, whose programs are counted for all models together.
-            with torch._dynamo.config.patch(recompile_limit=_MANY):
-                yield
-        finally:
-            for layer, own in zip(self._layers, before, strict=True):
-                if own is None:
-                    layer.__dict__.pop(CALL, None)
-                else:
-                    layer.__dict__[CALL] = own
+        # transformers' layers share one function, whose programs are counted for all models together.
+        with calls_replaced(self._layers, self._calls), torch._dynamo.config.patch(recompile_limit=_MANY):
+            yield
+
+
+@contextmanager
+def calls_replaced(layers: list[nn.Module], calls: list[Callable[..., Any]]) -> Iterator[None]:
+    """Within it each layer's call is another one; what had replaced it before is back afterwards."""
+    before = [layer.__dict__.get(CALL) for layer in layers]
+    try:
+        for layer, call in zip(layers, calls, strict=True):
+            layer.__dict__[CALL] = call
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                layer.__dict__.pop(CALL, None)
+            else:
+                layer.__dict__[CALL] = own
 
 
 def _only_paged(layer: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_paged.model.compile import CALL
+from hf_paged.model.compile import CALL, calls_replaced
 
 
 class HiddenStates:
@@ -40,18 +40,10 @@ class HiddenStates:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Within it the layers' outputs are kept. Goes inside of what else replaces the layers' calls."""
-        before = [layer.__dict__.get(CALL) for layer in self._layers]
         self._found = [torch.empty(0)] * len(self._layers)
-        try:
-            for place, (layer, call) in enumerate(zip(self._layers, before, strict=True)):
-                layer.__dict__[CALL] = self._keeping(place, call or layer._call_impl)
+        own = [layer.__dict__.get(CALL) or layer._call_impl for layer in self._layers]
+        with calls_replaced(self._layers, [self._keeping(place, call) for place, call in enumerate(own)]):
             yield
-        finally:
-            for layer, own in zip(self._layers, before, strict=True):
-                if own is None:
-                    layer.__dict__.pop(CALL, None)
-                else:
-                    layer.__dict__[CALL] = own
 
     def _keeping(self, place: int, call: Callable[..., Any]) -> Callable[..., Any]:
         def keeping(*args: Any, **kwargs: Any) -> Any:
