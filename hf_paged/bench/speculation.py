@@ -190,6 +190,7 @@ class _Race:
 
     def run(self, work: _Work, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
         prompts = work.prompts[: -(-batch // work.samples)]
+        self.engine.speculator.pace = Pace(self.engine.speculator.max_rows // 16)  # nothing learnt from other rows
         ways: tuple[SpeculativeConfig | None, ...] = (None, self._config)
         for way in ways:  # what compiles or is captured at the first step of its kind
             self._time(work, prompts, way, WARM_TOKENS, seed=1)
@@ -227,7 +228,7 @@ class _Race:
     ) -> tuple[float, list[list[int]]]:
         engine = self.engine
         engine.reset_prefix_cache()
-        engine.intake.speculation, engine.speculator.pace = way, Pace(engine.speculator.max_rows // 8)
+        engine.intake.speculation = way
         params = [
             hf_paged.SamplingParams(
                 n=work.samples, temperature=work.temperature, max_tokens=tokens, seed=seed * 1000 + i, detokenize=False,

@@ -2,8 +2,8 @@
 
 A verification costs more than a decode step, the host drafts while the device waits, and what it brings depends on the
 text. None of that is known beforehand, so tokens per second are measured both ways, apart for each size of batch (by
-powers of two). The way that was slower is tried again for a few steps after ever longer times, as long as such trials
-have not cost more than a small share of all time.
+powers of two); a size not seen before begins as its neighbour goes on. The way that was slower is tried again for a few
+steps after ever longer times, as long as such trials have not cost more than a small share of all time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORTEST, LONGEST = 32, 2048
 """Steps between two trials."""
 SHARE = 0.01
 """Of all time, what trials may have lost before another one begins."""
-BETTER = 1.02
+BETTER = 1.05
 """How much faster a way must be to take over."""
 
 
@@ -27,7 +27,8 @@ class Pace:
     """Measures and decides.
 
     Args:
-        optimistic: up to so many sequences it begins with speculating, beyond with plain steps.
+        optimistic: up to so many sequences it begins with speculating, beyond with plain steps, unless it has seen
+            batches of another size.
     """
 
     def __init__(self, optimistic: int = 32) -> None:
@@ -45,9 +46,11 @@ class Pace:
             race.landed(tokens, seconds)
 
     def _race(self, num_seqs: int) -> _Race:
-        size = num_seqs.bit_length()
+        size = max(num_seqs - 1, 0).bit_length()
         if size not in self._races:
-            self._races[size] = _Race(num_seqs <= self._optimistic)
+            known = min(self._races, key=lambda other: (abs(other - size), -other), default=None)
+            first = num_seqs <= self._optimistic if known is None else self._races[known].faster
+            self._races[size] = _Race(first)
         return self._races[size]
 
 
@@ -55,14 +58,14 @@ class _Race:
     """Of the two ways, at one size of batch."""
 
     def __init__(self, first: bool) -> None:
-        self._faster, self._in_trial = first, 0
+        self.faster, self._in_trial = first, 0
         self._left = self._wait = FIRST
         self._seconds = self._lost = 0.0
         self._steps: dict[bool, deque[tuple[int, float]]] = {way: deque(maxlen=FIRST) for way in (True, False)}
 
     @property
     def way(self) -> bool:
-        return self._faster != bool(self._in_trial)
+        return self.faster != bool(self._in_trial)
 
     def landed(self, tokens: int, seconds: float) -> None:
         self._steps[self.way].append((tokens, seconds))
@@ -75,14 +78,14 @@ class _Race:
         self._left -= 1
         if self._left <= 0 and self._lost <= SHARE * self._seconds:
             self._in_trial = TRIAL
-            self._steps[not self._faster].clear()
+            self._steps[not self.faster].clear()
 
     def _compare(self) -> None:
-        known, tried = self._rate(self._faster), self._rate(not self._faster)
+        known, tried = self._rate(self.faster), self._rate(not self.faster)
         if tried > BETTER * known:
-            self._faster, self._wait = not self._faster, SHORTEST
+            self.faster, self._wait = not self.faster, SHORTEST
         else:
-            steps = self._steps[not self._faster]
+            steps = self._steps[not self.faster]
             self._lost += max(0.0, sum(seconds - tokens / known for tokens, seconds in steps))
             self._wait = min(max(SHORTEST, 4 * self._wait), LONGEST)
         self._left = self._wait

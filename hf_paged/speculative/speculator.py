@@ -64,7 +64,7 @@ class Speculator:
 
     def __init__(self, max_rows: int = 64, drafters: dict[SpeculativeConfig, Drafter] | None = None) -> None:
         self.max_rows = max_rows
-        self.pace = Pace(max_rows // 8)
+        self.pace = Pace(max_rows // 16)
         self.stats: dict[str, DraftStats] = {}
         """By method."""
         self._drafters: dict[SpeculativeConfig, Drafter] = dict(drafters or {})

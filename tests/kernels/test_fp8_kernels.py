@@ -81,9 +81,10 @@ def test_rows_are_rounded_as_torch_does(columns: int, dtype: torch.dtype) -> Non
     x[7, -1] = float("nan")
     quantized, scales = quantize_rows(x)
     peak = x.float().nan_to_num(0).abs().amax(1, keepdim=True).clamp(min=fp8.SMALLEST_PEAK)
-    assert scales.equal(peak / 448)
+    most = torch.full_like(peak, 448)  # by a Python number torch divides as if by its reciprocal
+    assert scales.equal(peak / most)
     # A NaN's bits may differ: there are two of them.
-    found, wanted = quantized.float(), (x.float() * (448 / peak)).clamp(-448, 448).to(FP8).float()
+    found, wanted = quantized.float(), (x.float() * (most / peak)).clamp(-448, 448).to(FP8).float()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert found.isnan().sum() == 1
     again = quantize_rows(x)

@@ -33,12 +33,23 @@ def test_few_sequences_begin_with_drafts_and_many_without() -> None:
     assert not Pace(optimistic=32).speculates(64)
 
 
+def test_a_new_size_begins_as_its_neighbour_goes_on() -> None:
+    pace = Pace()
+    assert pace.speculates(16)
+    drive(pace, 300, 64, 0.01, 0.05, 1.0)
+    assert not pace.speculates(32), "batches shrink: the larger neighbour counts"
+    assert pace.speculates(16), "known already"
+    pace = Pace(optimistic=0)
+    drive(pace, 300, 64, 0.01, 0.011, 4.0)
+    assert pace.speculates(32) and pace.speculates(128)
+
+
 def test_sizes_learn_apart() -> None:
     pace = Pace()
     drive(pace, 300, 64, 0.01, 0.05, 1.0)
     drive(pace, 300, 2, 0.01, 0.011, 4.0)
-    assert not pace.speculates(64) and not pace.speculates(100)
-    assert pace.speculates(2) and pace.speculates(3)
+    assert not pace.speculates(64) and not pace.speculates(50)
+    assert pace.speculates(2)
 
 
 def test_a_text_that_changes_is_noticed() -> None:
