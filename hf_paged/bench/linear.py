@@ -65,7 +65,7 @@ def _bf16(n: int, k: int, _: int) -> Product:
 def _w4(n: int, k: int, group_size: int) -> Product:
     from hf_paged.kernels.triton.w4 import w4_linear
 
-    codes = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device="cuda")
+    codes = torch.randint(-(2**15), 2**15, (-(-k // 128), n, 32), dtype=torch.int16, device="cuda")
     scales = torch.rand(k // group_size, n, dtype=torch.bfloat16, device="cuda") / 100
     zeros = torch.randint(0, 16, (k // group_size, n), dtype=torch.uint8, device="cuda")
     return lambda x: w4_linear(x, codes, scales, zeros, group_size)

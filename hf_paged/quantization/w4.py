@@ -1,11 +1,12 @@
 """W4A16 linear layers: weights of four bits in one canonical form, whatever format they were read from.
 
-    codes   int32 [K/8, N]   nibble i of word r (bits 4i to 4i+3) belongs to input 8r+i: the packing of GPTQ
+    codes   int16 [ceil(K/128), N, 32]   nibble j (bits 4j to 4j+3) of number h of turn t is input 128 t + 32 j + h
     scales  float [K/G, N]
-    zeros   uint8 [K/G, N]   0 to 15
-    perm    int64 [K]        optional: the order of the inputs in which groups are contiguous (GPTQ's act-order)
+    zeros   uint8 [K/G, N]               0 to 15
+    perm    int64 [K]                    optional: the order of the inputs in which groups are contiguous (act-order)
 
-`W[k, n] = (code[k, n] - zeros[k // G, n]) * scales[k // G, n]`, and `y = x[:, perm] @ W + bias`.
+`W[n, k] = (code[n, k] - zeros[k // G, n]) * scales[k // G, n]`, and `y = x[:, perm] @ W^T + bias`. Why codes lie in
+that order says `kernels/triton/w4.py`.
 
 Everything goes through one operator, `hf_paged::w4_linear`, which a compiler does not look into. It has a gradient with
 respect to its input alone: enough to train adapters on top.
@@ -21,33 +22,44 @@ from torch import Tensor, nn
 CPU_GROUP_SIZES = (256, 128, 64, 32)
 """What torch's CPU operator takes."""
 
-FEW_ROWS = 64
-"""Up to here a GPU multiplies by the codes themselves; for more rows it dequantises, and cuBLAS multiplies."""
+TURN, PLANE = 128, 32
+"""Inputs whose codes lie together, and how many of them share a place in their numbers."""
 
 # ---- the canonical form --------------------------------------------------------------------------------------------
 
 
-def pack_nibbles(nibbles: Tensor) -> Tensor:
-    """Integers `[K, N]` of 0 to 15, K a multiple of 8 -> int32 `[K/8, N]`."""
-    words = torch.zeros(nibbles.shape[0] // 8, nibbles.shape[1], dtype=torch.int32, device=nibbles.device)
-    for i in range(8):
-        words |= nibbles[i::8].to(torch.int32) << 4 * i
-    return words
+def pack_codes(nibbles: Tensor) -> Tensor:
+    """Integers `[N, K]` of 0 to 15 -> the canonical int16 `[ceil(K/128), N, 32]`, filled up with zeros."""
+    outputs, inputs = nibbles.shape
+    padded = torch.nn.functional.pad(nibbles.to(torch.int32), (0, -inputs % TURN))
+    planes = padded.view(outputs, -1, TURN // PLANE, PLANE)
+    words = planes[:, :, 0].clone()
+    for j in range(1, TURN // PLANE):
+        words |= planes[:, :, j] << 4 * j
+    return words.to(torch.int16).transpose(0, 1).contiguous()  # keeps the lower bits
+
+
+def unpack_codes(codes: Tensor, inputs: int) -> Tensor:
+    """The canonical codes -> uint8 `[N, inputs]`."""
+    planes = torch.stack([(codes >> 4 * j & 15).to(torch.uint8) for j in range(TURN // PLANE)], dim=2)
+    return planes.transpose(0, 1).flatten(1)[:, :inputs]
 
 
 def unpack_nibbles(words: Tensor) -> Tensor:
-    """int32 `[R, N]` -> uint8 `[8 R, N]`, nibble i of word r in row 8r+i."""
+    """int32 `[R, N]`, eight rows packed into each as most formats do -> uint8 `[8 R, N]`: nibble i of word r in row
+    8r+i."""
     return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(8)], dim=1).flatten(0, 1)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The weight `[K, N]` in the order of the codes (not of the inputs, where there is a `perm`), in `dtype`."""
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """The weight `[N, K]` in the dtype of `scales`, its inputs in the order of the codes (where there is a `perm`, not
+    their own)."""
     if codes.is_cuda:
         from hf_paged.kernels.triton.w4 import w4_dequantize
 
-        return w4_dequantize(codes, scales, zeros, group_size, dtype)
-    nibbles = unpack_nibbles(codes).unflatten(0, (-1, group_size)).to(dtype)
-    return nibbles.sub_(zeros[:, None]).mul_(scales[:, None].to(dtype)).flatten(0, 1)
+        return w4_dequantize(codes, scales, zeros, group_size)
+    nibbles = unpack_codes(codes, len(scales) * group_size).unflatten(1, (-1, group_size)).to(scales.dtype)
+    return nibbles.sub_(zeros.T[..., None]).mul_(scales.T[..., None]).flatten(1)
 
 
 def pack_for_cpu(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tuple[Tensor, Tensor] | None:
@@ -60,7 +72,8 @@ def pack_for_cpu(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) 
     size = next((size for size in CPU_GROUP_SIZES if group_size % size == 0), None)
     if size is None or codes.shape[1] % 16:
         return None
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(codes).T.to(torch.int32).contiguous(), 1)
+    nibbles = unpack_codes(codes, len(scales) * group_size).to(torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.contiguous(), 1)
     # The operator has its zero at code 8, and adds an offset.
     offsets = scales * (8 - zeros.to(scales.dtype))
     return packed, torch.stack([scales, offsets], dim=-1).repeat_interleave(group_size // size, dim=0)
@@ -86,7 +99,7 @@ def _w4_linear(
     packed: Tensor | None = None,
     packed_scales: Tensor | None = None,
 ) -> Tensor:
-    inputs, outputs = 8 * codes.shape[0], codes.shape[1]
+    inputs, outputs = len(scales) * group_size, codes.shape[1]
     rows = x.reshape(-1, inputs)
     if perm is not None:
         rows = rows.index_select(1, perm)
@@ -95,12 +108,13 @@ def _w4_linear(
     elif packed is not None and packed_scales is not None:
         size = inputs // packed_scales.shape[0]
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), packed, size, packed_scales)
-    elif rows.is_cuda and rows.shape[0] <= FEW_ROWS:
-        from hf_paged.kernels.triton.w4 import w4_matmul
+    elif rows.is_cuda:
+        from hf_paged.kernels.triton.w4 import w4_linear
 
-        out = w4_matmul(rows.contiguous(), codes, scales.to(x.dtype), zeros, group_size)
+        bias = None if bias is None else bias.to(x.dtype)
+        return w4_linear(rows, codes, scales.to(x.dtype), zeros, group_size, bias).view(*x.shape[:-1], outputs)
     else:
-        out = rows @ dequantize(codes, scales, zeros, group_size, x.dtype)
+        out = rows @ dequantize(codes, scales.to(x.dtype), zeros, group_size).T
     if bias is not None:
         out += bias  # in place: it is ours
     return out.view(*x.shape[:-1], outputs)
@@ -118,7 +132,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With respect to the input alone."""
     codes, scales, zeros, perm = ctx.saved_tensors
-    grad_x = grad @ dequantize(codes, scales, zeros, ctx.group_size, grad.dtype).T
+    grad_x = grad @ dequantize(codes, scales.to(grad.dtype), zeros, ctx.group_size)
     if perm is not None:
         grad_x = grad_x.index_select(-1, perm.argsort())
     return grad_x, *[None] * 8
@@ -158,7 +172,7 @@ class W4Linear(nn.Module):
         bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.group_size = 8 * codes.shape[0], codes.shape[1], group_size
+        self.in_features, self.out_features, self.group_size = len(scales) * group_size, codes.shape[1], group_size
         tensors = {"codes": codes, "scales": scales, "zeros": zeros, "perm": perm, "bias": bias}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -181,10 +195,8 @@ class W4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` of an ordinary linear layer."""
-        weight = dequantize(self.codes, self.scales, self.zeros, self.group_size, dtype)
-        if self.perm is not None:
-            weight = weight[self.perm.argsort()]
-        return weight.T.contiguous()
+        weight = dequantize(self.codes, self.scales.to(dtype), self.zeros, self.group_size)
+        return weight if self.perm is None else weight[:, self.perm.argsort()]
 
     @torch.compiler.disable
     def _pack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

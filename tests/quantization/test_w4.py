@@ -14,7 +14,7 @@ from quantization.writers import random_weight, word
 from torch import Tensor
 
 from hf_paged.quantization.formats.base import in_group_order
-from hf_paged.quantization.w4 import CPU_GROUP_SIZES, W4Linear, pack_for_cpu, pack_nibbles, unpack_nibbles
+from hf_paged.quantization.w4 import CPU_GROUP_SIZES, W4Linear, pack_codes, pack_for_cpu, unpack_codes, unpack_nibbles
 
 several = settings(max_examples=40, deadline=None)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -26,21 +26,30 @@ def make_layer(
 ) -> tuple[W4Linear, Tensor]:
     """(a float32 layer, the weight `[N, K]` that it means)."""
     weight = random_weight(inputs, outputs, group_size, seed, act_order=act_order)
-    codes = pack_nibbles(torch.tensor(weight.codes))
     zeros = torch.tensor(weight.zeros, dtype=torch.uint8)
     size = inputs // len(zeros)
-    codes, perm = in_group_order(codes, torch.tensor(weight.groups), size)
+    codes, perm = in_group_order(torch.tensor(weight.codes).T, torch.tensor(weight.groups), size)
     shift = torch.randn(outputs, generator=torch.Generator().manual_seed(seed)) if bias else None
     return W4Linear(codes, weight.scales.float(), zeros, size, perm=perm, bias=shift), weight.dequantized()
 
 
 @several
 @given(values=st.lists(st.lists(st.integers(0, 15), min_size=8, max_size=8), min_size=1, max_size=6))
-def test_nibbles_are_packed_low_bits_first(values: list[list[int]]) -> None:
-    columns = torch.tensor(values).T  # each list is one output's eight inputs
-    words = pack_nibbles(columns)
-    assert words.tolist() == [[word(column) for column in values]]
-    assert torch.equal(unpack_nibbles(words), columns.to(torch.uint8))
+def test_words_hold_eight_rows_low_bits_first(values: list[list[int]]) -> None:
+    words = torch.tensor([[word(column) for column in values]], dtype=torch.int32)
+    assert unpack_nibbles(words).T.tolist() == values
+
+
+@several
+@given(outputs=st.integers(1, 5), inputs=st.integers(1, 300), seed=st.integers(0, 99))
+def test_every_code_has_its_place(outputs: int, inputs: int, seed: int) -> None:
+    nibbles = torch.randint(0, 16, (outputs, inputs), generator=torch.Generator().manual_seed(seed))
+    codes = pack_codes(nibbles)
+    assert codes.dtype is torch.int16 and codes.shape == (-(-inputs // 128), outputs, 32) and codes.is_contiguous()
+    for n, k in {(0, 0), (outputs - 1, inputs - 1), (outputs // 2, inputs // 3)}:
+        number = int(codes[k // 128, n, k % 32]) & 0xFFFF
+        assert number >> 4 * (k % 128 // 32) & 15 == nibbles[n, k]
+    assert torch.equal(unpack_codes(codes, inputs), nibbles.to(torch.uint8))
 
 
 @several
@@ -146,4 +155,4 @@ def test_a_copy_made_in_inference_mode_serves_training() -> None:
 
 def test_groups_of_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="each of 2 groups 8 times"):
-        in_group_order(torch.zeros(2, 4, dtype=torch.int32), torch.tensor([0] * 9 + [1] * 7), 8)
+        in_group_order(torch.zeros(4, 16, dtype=torch.uint8), torch.tensor([0] * 9 + [1] * 7), 8)

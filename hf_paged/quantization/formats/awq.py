@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
 from hf_paged.quantization.formats.base import INT32, group_size_of, num_groups, option, require_words
-from hf_paged.quantization.w4 import W4Linear, pack_nibbles
+from hf_paged.quantization.w4 import W4Linear, pack_codes
 
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """Where in its word the nibble of an output stands."""
@@ -51,7 +51,7 @@ class Awq:
     def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> W4Linear:
         nibbles, zeros = _unpack(tensors["qweight"]), _unpack(tensors["qzeros"])
         return W4Linear(
-            pack_nibbles(nibbles), tensors["scales"].to(dtype), zeros, nibbles.shape[0] // len(zeros), bias=bias
+            pack_codes(nibbles.T), tensors["scales"].to(dtype), zeros, nibbles.shape[0] // len(zeros), bias=bias
         )
 
 

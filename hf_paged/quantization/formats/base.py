@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
 from hf_paged.quantization.fp8 import FP8Linear
-from hf_paged.quantization.w4 import W4Linear, pack_nibbles, unpack_nibbles
+from hf_paged.quantization.w4 import W4Linear, pack_codes
 
 QuantizedLinear = W4Linear | FP8Linear
 
@@ -84,11 +84,11 @@ def require_words(features: int, what: str) -> None:
         raise ValueError(f"its {features} {what} must be a multiple of 8, which are packed into one word")
 
 
-def in_group_order(words: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
+def in_group_order(nibbles: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
     """Orders a weight so that its groups are contiguous.
 
     Args:
-        words: int32 `[K/8, N]`, packed along the inputs.
+        nibbles: uint8 `[N, K]`, of 0 to 15.
         g_idx: int `[K]`, the group of every input; None where groups are contiguous.
         group_size: G.
 
@@ -99,12 +99,12 @@ def in_group_order(words: Tensor, g_idx: Tensor | None, group_size: int) -> tupl
         ValueError: a group has more or less than G inputs.
     """
     if g_idx is None:
-        return words, None
+        return pack_codes(nibbles), None
     groups = g_idx.long()
     expected = torch.arange(len(groups), device=groups.device) // group_size
     perm = groups.argsort(stable=True)
     if not torch.equal(groups[perm], expected):
         raise ValueError(f"g_idx must name each of {len(groups) // group_size} groups {group_size} times")
     if torch.equal(groups, expected):
-        return words, None
-    return pack_nibbles(unpack_nibbles(words)[perm]), perm
+        return pack_codes(nibbles), None
+    return pack_codes(nibbles[:, perm]), perm

@@ -91,14 +91,14 @@ class PackQuantized:
         return specs
 
     def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> W4Linear:
-        words = tensors["weight_packed"].T.contiguous()
+        nibbles = unpack_nibbles(tensors["weight_packed"].T).T
         scales = tensors["weight_scale"].T.contiguous()
         if self.symmetric:
             zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=scales.device)
         else:
             zeros = unpack_nibbles(tensors["weight_zero_point"]).T.contiguous()
-        group_size = 8 * words.shape[0] // len(scales)
-        codes, perm = in_group_order(words, tensors.get("weight_g_idx"), group_size)
+        group_size = nibbles.shape[1] // len(scales)
+        codes, perm = in_group_order(nibbles, tensors.get("weight_g_idx"), group_size)
         return W4Linear(codes, scales.to(dtype), zeros, group_size, perm=perm, bias=bias)
 
 

@@ -55,10 +55,10 @@ class Gptq:
         }
 
     def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> W4Linear:
-        words = tensors["qweight"]
+        nibbles = unpack_nibbles(tensors["qweight"]).T
         zeros = unpack_nibbles(tensors["qzeros"].T.contiguous()).T.contiguous()
         if self.version == 1:
             zeros = zeros + 1 & 15  # nibble by nibble: a zero of 0 was stored as 15
-        group_size = 8 * words.shape[0] // len(zeros)
-        codes, perm = in_group_order(words, tensors.get("g_idx"), group_size)
+        group_size = nibbles.shape[1] // len(zeros)
+        codes, perm = in_group_order(nibbles, tensors.get("g_idx"), group_size)
         return W4Linear(codes, tensors["scales"].to(dtype), zeros, group_size, perm=perm, bias=bias)
