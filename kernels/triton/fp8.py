@@ -1,13 +1,23 @@
-"""What linear layers in float8_e4m3fn need besides a library's product: activations to 8 bits, and weights back."""
+"""Linear layers in float8_e4m3fn: activations to 8 bits, products of few rows, and weights back.
+
+A library's product has tiles of 64 or 128 rows, and for few rows too few tiles to keep a GPU's memory busy: there is
+one of our own for these, which cuts the inputs into parts. It also takes a scale per 128 inputs of a row and per
+128 x 128 of the weights, as DeepSeek has them.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_paged.kernels.triton.append import FP8_MAX, unit_stride
+from hf_paged.kernels.triton.device import can_overlap
+from hf_paged.kernels.triton.split_k import add_parts
 
 SMALLEST_PEAK = 1e-12
 """A row whose largest number is below it is scaled as if it were this: one of zeros must not be divided by 0."""
@@ -36,8 +46,11 @@ def _fit(x, factor, LIMIT: tl.constexpr):
 
 @triton.jit
 def _quantize(
-    x, out, scales, row_stride, columns, SMALLEST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
+    x, out, scales, row_stride, columns,
+    SMALLEST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()  # the product that follows waits where it needs these rows
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     # The first block stays in registers, which is all of nearly every row; the rest is read twice.
@@ -76,9 +89,146 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         _quantize[(rows,)](
             x, out, scales, x.stride(0), columns, SMALLEST=SMALLEST_PEAK, LIMIT=FP8_MAX, BLOCK=block,
-            num_warps=min(16, max(1, block // 256)),
+            OVERLAPS=can_overlap(x.device),             num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return out, scales
+
+
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_rows`, with a scale for every 128 columns of a row.
+
+    Args:
+        x: `[M, K]`, floating point, contiguous; K a multiple of 128.
+
+    Returns:
+        float8_e4m3fn `[M, K]`, and float32 `[M, K / 128]`.
+    """
+    rows, columns = x.shape
+    quantized, scales = quantize_rows(x.reshape(-1, BLOCK))
+    return quantized.view(rows, columns), scales.view(rows, columns // BLOCK)
+
+
+# ---- products ----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["split_turns", "m"])
+def _matmul(
+    x, x_scales, weight, scales, bias, out, m, n, k, turns, split_turns,
+    IN_BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows and columns, over one part of the turns of 128 inputs: `W x^T`, since of `W` there is more."""
+    if OVERLAPS:
+        if PARTIAL:
+            gdc_launch_dependents()  # the kernel that adds the parts waits where it needs them
+        gdc_wait()  # for the rows
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # What juts out computes the last row or column again: masks would cost instructions in every turn.
+    near, close = tl.minimum(column, n - 1), tl.minimum(row, m - 1)
+    index = tl.arange(0, 128)
+    line = x + close.to(tl.int64)[None, :] * k + index[:, None]
+    lane = weight + near.to(tl.int64)[:, None] * k + index[None, :]
+    begin = tl.program_id(1) * split_turns
+    end = tl.minimum(begin + split_turns, turns)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for turn in tl.range(begin, end, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(lane + turn * 128)
+            a = tl.load(line + turn * 128)
+        else:
+            real = turn * 128 + index < k
+            w = tl.load(lane + turn * 128, mask=real[None, :], other=0.0)
+            a = tl.load(line + turn * 128, mask=real[:, None], other=0.0)
+        if IN_BLOCKS:
+            part = tl.dot(w, a)
+            scale = tl.load(scales + near // 128 * turns + turn)
+            acc += part * (scale[:, None] * tl.load(x_scales + close * turns + turn)[None, :])
+        else:
+            # The tensor cores' own sums have fewer bits than float32: they are to be short.
+            acc = tl.dot(w, a, acc, max_num_imprecise_acc=128)
+    if not IN_BLOCKS:
+        acc = acc * tl.load(scales + near)[:, None] * tl.load(x_scales + close)[None, :]
+    place = row.to(tl.int64)[None, :] * n + column[:, None]
+    if PARTIAL:  # to its place in [splits, M, N]
+        place += tl.program_id(1).to(tl.int64) * m * n
+    elif HAS_BIAS:
+        acc += tl.load(bias + near).to(tl.float32)[:, None]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(column < n)[:, None] & (row < m)[None, :])
+
+
+class FP8Config(NamedTuple):
+    """How a product is cut up, and how its kernel is compiled."""
+
+    block_m: int
+    """Rows per program: 16, 32, ..."""
+    block_n: int
+    """Columns per program: 16, 32, ..."""
+    splits: int
+    """Parts that the turns of 128 inputs are cut into; more than one cost a second kernel."""
+    num_warps: int
+    num_stages: int
+
+
+def fp8_config(m: int, n: int, k: int) -> FP8Config:
+    """For an H100: 132 multiprocessors, 228 KiB of shared memory each."""
+    block_m = min(max(16, triton.next_power_of_2(m)), 128)
+    config = FP8Config(block_m, block_n=64, splits=1, num_warps=4, num_stages=5 if block_m <= 64 else 4)
+    programs = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
+    turns = triton.cdiv(k, BLOCK)
+    splits = min(max(1, 396 // programs), 16, turns)
+    return config._replace(splits=triton.cdiv(turns, triton.cdiv(turns, splits)))
+
+
+def fp8_matmul(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    config: FP8Config | None = None,
+) -> Tensor:
+    """`(x * x_scales) @ (weight * scales)^T + bias`, for few rows; sums are float32, and the same bits every time.
+
+    Args:
+        x: float8_e4m3fn `[M, K]`, contiguous, of `quantize_rows` or `quantize_groups` right before it.
+        x_scales: float32 `[M, 1]`, or `[M, K / 128]` where the weight's are per block.
+        weight: float8_e4m3fn `[N, K]`, contiguous.
+        scales: float32 `[N, 1]`, or per block of 128 x 128 `[ceil(N / 128), K / 128]`, contiguous.
+        bias: `[N]`, or None.
+        dtype: of the result.
+        config: by default `fp8_config`'s.
+
+    Returns:
+        `[M, N]`.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    turns = triton.cdiv(k, BLOCK)
+    in_blocks = tuple(x_scales.shape) == (m, turns) and tuple(scales.shape) == (triton.cdiv(n, BLOCK), turns)
+    in_blocks = in_blocks and tuple(scales.shape) != (n, 1)
+    if weight.shape[1] != k or not (in_blocks or (tuple(x_scales.shape), tuple(scales.shape)) == ((m, 1), (n, 1))):
+        found = f"{tuple(x_scales.shape)} and {tuple(scales.shape)}"
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not go with scales {found}")
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    config = config or fp8_config(m, n, k)
+    split = config.splits > 1
+    target = torch.empty(config.splits, m, n, dtype=torch.float32, device=x.device) if split else out
+    overlaps = can_overlap(x.device)
+    launch = {"launch_pdl": True} if overlaps else {}
+    with torch.cuda.device_of(x):
+        _matmul[(triton.cdiv(n, config.block_n), config.splits, triton.cdiv(m, config.block_m))](
+            x, x_scales, weight, scales, bias, target, m, n, k, turns, triton.cdiv(turns, config.splits),
+            IN_BLOCKS=in_blocks, EVEN=k % BLOCK == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.num_stages, HAS_BIAS=bias is not None, PARTIAL=split, OVERLAPS=overlaps,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch,
+        )  # fmt: skip
+    if split:
+        add_parts(target, bias, out)
+    return out
 
 
 # ---- weights -----------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hf_paged.kernels.triton.device import can_overlap
+from hf_paged.kernels.triton.split_k import add_parts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of activations, scales and results; sums are float32 in all of them."""
@@ -130,21 +131,6 @@ def _matmul(
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(column < n)[:, None] & (row < m)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _add_parts(parts, bias, out, count, n, splits, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAPS: tl.constexpr):
-    """The parts `[splits, M, N]` of every sum, first to last."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < count
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias + place % n, mask=mask, other=0.0).to(tl.float32)
-    if OVERLAPS:
-        gdc_wait()
-    for split in range(splits):
-        acc += tl.load(parts + split * count + place, mask=mask, other=0.0)
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
-
-
 @triton.jit
 def _dequantize(codes, scales, zeros, out, n, k, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     turn, index = tl.program_id(0), tl.arange(0, 32)
@@ -247,12 +233,8 @@ def w4_matmul(
             STAGES=config.num_stages, HAS_BIAS=bias is not None, PARTIAL=split, OVERLAPS=overlaps,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        if split:
-            launch = {"launch_pdl": True} if overlaps else {}
-            _add_parts[(triton.cdiv(m * n, 256),)](
-                target, bias, out, m * n, n, config.splits, BLOCK=256, HAS_BIAS=bias is not None, OVERLAPS=overlaps,
-                num_warps=2, **launch,
-            )  # fmt: skip
+    if split:
+        add_parts(target, bias, out)
     return out
 
 
