@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from hf_paged.kernels.triton import fp8
-from hf_paged.kernels.triton.fp8 import dequantize_blocks, quantize_rows
+from hf_paged.kernels.triton.fp8 import FP8Config, dequantize_blocks, fp8_matmul, quantize_groups, quantize_rows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -122,3 +122,79 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         dequantize_blocks(weight, torch.ones(3, 2, device=DEVICE), torch.float32)
     with pytest.raises(ValueError, match="must be float8_e4m3fn and float32, not "):
         dequantize_blocks(weight.float(), torch.ones(2, 3, device=DEVICE), torch.float32)
+
+
+# ---- products ----------------------------------------------------------------------------------------------
+
+
+def halves(*sizes: int, seed: int) -> torch.Tensor:
+    """float8, small multiples of 1/2: the tensor cores' shorter sums are exact for them."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-4, 5, sizes, generator=generator) / 2).to(FP8).to(DEVICE)
+
+
+@few
+@given(
+    m=st.integers(1, 20), n=st.integers(1, 70), k=st.integers(1, 20), splits=st.integers(1, 4),
+    columns=st.sampled_from([64, 128]), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_with_scales_per_row(
+    m: int, n: int, k: int, splits: int, columns: int, bias: bool, seed: int
+) -> None:
+    """Parts with nothing in them and tiles that jut out included."""
+    k *= 16
+    x, weight = halves(m, k, seed=seed), halves(n, k, seed=seed + 1)
+    x_scales, scales = (2.0 ** torch.randint(-3, 4, (rows, 1), device=DEVICE) for rows in (m, n))
+    shift = torch.randn(n, device=DEVICE) if bias else None
+    config = FP8Config(16, columns, splits, num_warps=4, num_stages=2)
+    found = fp8_matmul(x, x_scales, weight, scales, shift, dtype=torch.float32, config=config)
+    expected = (x.double() * x_scales) @ (weight.double() * scales).T + (0 if shift is None else shift.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-3)  # a multiple of 1 / 256 would be missing
+
+
+@few
+@given(m=st.integers(1, 20), n=st.integers(1, 300), turns=st.integers(1, 4), splits=st.integers(1, 3))
+def test_a_product_with_scales_per_block(m: int, n: int, turns: int, splits: int) -> None:
+    k = 128 * turns
+    x, weight = halves(m, k, seed=n), halves(n, k, seed=n + 1)
+    x_scales = 2.0 ** torch.randint(-3, 4, (m, turns), device=DEVICE)
+    scales = 2.0 ** torch.randint(-3, 4, (-(-n // 128), turns), device=DEVICE)
+    config = FP8Config(16, 64, splits, num_warps=4, num_stages=2)
+    found = fp8_matmul(x, x_scales, weight, scales, dtype=torch.float32, config=config)
+    expected = (x.double() * x_scales.repeat_interleave(128, 1)) @ unrolled(weight, scales).double().T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-3)  # a multiple of 1 / 256 would be missing
+
+
+@few
+@given(rows=st.integers(1, 4), groups=st.integers(1, 4), seed=st.integers(0, 99))
+def test_groups_of_a_row_have_their_own_scales(rows: int, groups: int, seed: int) -> None:
+    held = representable(rows * groups, 128, seed=seed).to(DEVICE)
+    factors = 2.0 ** torch.randint(-3, 4, (rows * groups, 1), device=DEVICE)
+    quantized, scales = quantize_groups((held * factors).view(rows, -1))
+    assert quantized.float().equal(held.view(rows, -1)) and scales.equal(factors.view(rows, groups))
+
+
+def test_scales_of_other_shapes_are_refused() -> None:
+    x, weight = halves(2, 256, seed=0), halves(64, 256, seed=1)
+    with pytest.raises(ValueError, match=r"do not go with scales \(2, 1\) and \(1, 2\)"):
+        fp8_matmul(x, torch.ones(2, 1, device=DEVICE), weight, torch.ones(1, 2, device=DEVICE))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="real shapes are for a GPU")
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14336), (1032, 4096)])
+def test_real_products(n: int, k: int) -> None:
+    weight = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / 10
+    values, scales = quantize_rows(weight)
+    block_scales = torch.rand(-(-n // 128), k // 128, device=DEVICE) / 100
+    for m in (1, 7, 16, 33, 64, 128, 200):
+        x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+        quantized, x_scales = quantize_rows(x)
+        found = fp8_matmul(quantized, x_scales, values, scales)
+        expected = (quantized.double() * x_scales) @ (values.double() * scales).T
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=2e-3 * expected.abs().max().item())
+        assert found.equal(fp8_matmul(quantized, x_scales, values, scales)), "other bits the second time"
+        quantized, x_scales = quantize_groups(x)
+        found = fp8_matmul(quantized, x_scales, values, block_scales)
+        expected = (quantized.double() * x_scales.repeat_interleave(128, 1)) @ unrolled(values, block_scales).double().T
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=2e-3 * expected.abs().max().item())
