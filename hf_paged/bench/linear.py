@@ -72,17 +72,10 @@ def _w4(n: int, k: int, group_size: int) -> Product:
 
 
 def _fp8(n: int, k: int, _: int) -> Product:
-    from hf_paged.kernels.triton.fp8 import quantize_rows
+    from hf_paged.kernels.triton.fp8 import fp8_linear, quantize_rows
 
     weight, scales = quantize_rows(torch.randn(n, k, dtype=torch.bfloat16, device="cuda"))
-
-    def product(x: Tensor) -> Tensor:
-        quantized, row_scales = quantize_rows(x)
-        return torch._scaled_mm(
-            quantized, weight.t(), row_scales, scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    return product
+    return lambda x: fp8_linear(x, weight, scales)
 
 
 def _seconds(layers: Sequence[Product], x: Tensor, rounds: int = 7) -> float:

@@ -4,6 +4,9 @@ Queries, keys and values, or gate and up, are projections of one tensor. In a de
 leaves most of a GPU idle; the product of their joined weights does not. Which layers read the same tensor is seen in a
 dry forward, so no architecture is named here.
 
+Layers of hf_paged's own over quantised weights are joined as well, where they are quantised alike: what can be joined,
+and how, they know themselves (see `Joinable`).
+
 No weight exists twice. A group gets one piece of memory `[sum(out), in]`, and the parameters, the same objects as
 before, become rows of it: what an optimizer writes through them is what the next product reads. Modules, gradients,
 `state_dict` and training forwards stay as they were; only within `installed()` do stand-ins take the layers' places.
@@ -11,11 +14,12 @@ before, become rows of it: what an optimizer writes through them is what the nex
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,20 @@ from hf_paged.model.linear import multiply
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+@runtime_checkable
+class Joinable(Protocol):
+    """A linear layer that is no `nn.Linear`, and can be computed together with others."""
+
+    out_features: int
+
+    def kind(self) -> tuple[Any, ...] | None:
+        """What layers must have in common to be joined; None for one that cannot be."""
+
+    def join(self, others: list[Any]) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+        """One layer with the outputs of this one and of the others; and for each of them, this one first, its buffers
+        as parts of that layer's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A linear layer, and where its parent finds it."""
@@ -32,7 +50,8 @@ class Member:
     siblings: dict[str, nn.Module | None]
     """The parent's `_modules`."""
     name: str
-    linear: nn.Linear
+    linear: Any
+    """An `nn.Linear` or a `Joinable`."""
     scope: int
     """`id()` of the module list entry that it is part of (of the innermost list); 0 outside of lists."""
 
@@ -70,11 +89,12 @@ class FusedLinears:
 
     def __init__(self, groups: list[Group]) -> None:
         self._products: list[_Product] = []
-        self._slices: list[tuple[Member, _Slice]] = []
+        self._slices: list[tuple[Member, nn.Module]] = []
         for group in groups:
-            product = _Product([member.linear for member in group])
+            linears = [member.linear for member in group]
+            product = _JoinedLayer(linears) if isinstance(linears[0], Joinable) else _JoinedWeights(linears)
             self._products.append(product)
-            self._slices += [(member, _Slice(member.linear, product, place)) for place, member in enumerate(group)]
+            self._slices += [(member, _slice(member.linear, product, place)) for place, member in enumerate(group)]
         self._released = False
         _return_freed_memory()
 
@@ -106,14 +126,61 @@ class FusedLinears:
 class _Product:
     """One group's joined weights, and their product with an input while the members take their parts of it."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, linears: list[Any]) -> None:
         self.sizes = [linear.out_features for linear in linears]
-        self.homes: list[tuple[dict[str, nn.Parameter | None], str, int]] = []
-        """Where each parameter is found, and its address."""
-        self.weight = self._join(linears, "weight")
-        self.bias = None if linears[0].bias is None else self._join(linears, "bias")
+        self.homes: list[tuple[dict[str, Any], str, int]] = []
+        """Where each parameter or buffer is found, and its address."""
         self.held: tuple[Tensor, tuple[Tensor, ...]] | None = None
         """An input and the parts of its product. One attribute, so that another thread finds both or neither."""
+
+    def multiply(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def intact(self) -> bool:
+        try:
+            for tensors, name, address in self.homes:
+                if tensors[name].data_ptr() != address:
+                    return False
+        except (AttributeError, KeyError, RuntimeError):  # there is none now, or it has no memory
+            return False
+        return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def release(self) -> None:
+        for tensors, name, address in self.homes:
+            tensor = tensors.get(name)
+            if tensor is not None and type(tensor.data) is Tensor and tensor.data_ptr() == address:
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+class _JoinedLayer(_Product):
+    """Of layers that join themselves."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, linears: list[Any]) -> None:
+        super().__init__(linears)
+        self.layer, parts = linears[0].join(linears[1:])
+        for linear, buffers in zip(linears, parts, strict=True):
+            for name, tensor in buffers.items():
+                linear._buffers[name] = tensor
+                self.homes.append((linear._buffers, name, tensor.data_ptr()))
+
+    def multiply(self, input: Tensor) -> Tensor:
+        return self.layer(input)
+
+
+class _JoinedWeights(_Product):
+    """Of ordinary linear layers."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__(linears)
+        self.weight = self._join(linears, "weight")
+        self.bias = None if linears[0].bias is None else self._join(linears, "bias")
+
+    def multiply(self, input: Tensor) -> Tensor:
+        return multiply(input, self.weight, self.bias)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -128,37 +195,19 @@ class _Product:
         # A parameter, so that the compiler takes its shape and address for constants like those of the others.
         return nn.Parameter(joined, requires_grad=False)
 
-    def intact(self) -> bool:
-        try:
-            for parameters, name, address in self.homes:
-                if parameters[name].data_ptr() != address:  # type: ignore[union-attr]
-                    return False
-        except (AttributeError, KeyError, RuntimeError):  # there is no such parameter now, or it has no memory
-            return False
-        return True
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def release(self) -> None:
-        for parameters, name, address in self.homes:
-            parameter = parameters.get(name)
-            if parameter is not None and type(parameter.data) is Tensor and parameter.data_ptr() == address:
-                parameter.data = parameter.data.clone()
-
-
-class _Slice(nn.Linear):
+class _Slice(nn.Module):
     """Stands in for a linear layer whose group is computed as one product.
 
     It shares the layer's `__dict__` and so is that layer, parameters, hooks and mode included, to whoever looks at it;
     only what it computes, and how, is its own.
     """
 
-    __slots__ = ("linear", "place", "product")
-    linear: nn.Linear
+    linear: Any
     place: int
     product: _Product
 
-    def __init__(self, linear: nn.Linear, product: _Product, place: int) -> None:
+    def __init__(self, linear: Any, product: _Product, place: int) -> None:
         # Past nn.Module's own `__setattr__`, which would make the layer a child of itself.
         for name, value in (("__dict__", linear.__dict__), ("linear", linear), ("product", product), ("place", place)):
             object.__setattr__(self, name, value)
@@ -169,7 +218,7 @@ class _Slice(nn.Linear):
         if torch.is_grad_enabled():
             return super().forward(input)
         if place == 0:
-            parts = multiply(input, product.weight, product.bias).split(product.sizes, -1)
+            parts = product.multiply(input).split(product.sizes, -1)
             product.held = input, parts
             return parts[0]
         held = product.held
@@ -184,12 +233,21 @@ class _Slice(nn.Linear):
         return self.linear.__reduce_ex__(1)
 
 
+@functools.cache
+def _slice_class(kind: Any) -> Any:
+    return type("_Slice", (_Slice, kind), {"__slots__": ("linear", "place", "product")})
+
+
+def _slice(linear: Any, product: _Product, place: int) -> nn.Module:
+    return _slice_class(type(linear))(linear, product, place)
+
+
 class _Installed:
     """Within it the stand-ins are in the layers' places; after it, exceptions included, the layers are."""
 
     __slots__ = ("_products", "_slices")
 
-    def __init__(self, slices: list[tuple[Member, _Slice]], products: list[_Product]) -> None:
+    def __init__(self, slices: list[tuple[Member, nn.Module]], products: list[_Product]) -> None:
         self._slices, self._products = slices, products
 
     def __enter__(self) -> None:
@@ -210,17 +268,19 @@ def _members(module: nn.Module, scope: int) -> Iterator[Member]:
         if child is None:
             continue
         inner = id(child) if isinstance(module, nn.ModuleList) else scope
-        if type(child) is not nn.Linear:
+        if type(child) is not nn.Linear and not isinstance(child, Joinable):
             yield from _members(child, inner)
         elif not isinstance(module, nn.ModuleDict):
             yield Member(module._modules, name, child, inner)
 
 
-def _is_plain(linear: nn.Linear, uses: Counter[int]) -> bool:
+def _is_plain(linear: Any, uses: Counter[int]) -> bool:
     """Whether a layer computes `F.linear` of parameters that are ordinary tensors and no other layer's."""
     own = vars(linear)
     if any(own[hooks] for hooks in HOOKS) or "forward" in own or own.get("_compiled_call_impl") is not None:
         return False
+    if isinstance(linear, Joinable):
+        return linear.kind() is not None
     shape = linear.out_features, linear.in_features
     return (
         linear._parameters.keys() == {"weight", "bias"}
@@ -247,15 +307,14 @@ def _watch(members: list[Member], run: Callable[[], object]) -> list[Group]:
     thread = threading.get_ident()
 
     def watch(member: Member) -> Any:
-        def hook(linear: nn.Linear, args: tuple[Any, ...]) -> None:
+        def hook(linear: Any, args: tuple[Any, ...]) -> None:
             if threading.get_ident() != thread:
                 return
             calls[id(linear)] += 1
             x = args[0] if args else None
             if type(x) is Tensor and not x.is_inference():
-                weight = linear.weight
                 # The version tells apart what was written to in place between two calls.
-                key = id(x), x._version, member.scope, weight.dtype, weight.device, linear.bias is None
+                key = id(x), x._version, member.scope, _kind(linear), linear.bias is None
                 read.setdefault(key, (x, []))[1].append(member)
 
         return member.linear.register_forward_pre_hook(hook)
@@ -268,6 +327,10 @@ def _watch(members: list[Member], run: Callable[[], object]) -> list[Group]:
         for handle in handles:
             handle.remove()
     return [[member for member in group if calls[id(member.linear)] == 1] for _, group in read.values()]
+
+
+def _kind(linear: Any) -> Any:
+    return linear.kind() if isinstance(linear, Joinable) else (linear.weight.dtype, linear.weight.device)
 
 
 def _references(tensor: Tensor) -> int:

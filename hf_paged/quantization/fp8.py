@@ -4,7 +4,8 @@
     scales  float32 [ceil(N/bn), ceil(K/bk)]   `W = weight * scale`; blocks of (1, K) are scales per row
 
 With scales per row, a GPU that has FP8 tensor cores multiplies in FP8: activations are quantised as they come, with one
-scale per token. Everywhere else, and for other blocks, the weight is dequantised.
+scale per token. With blocks of 128 x 128 (DeepSeek's) it does so for few rows, with a scale per token and 128 inputs.
+Everywhere else the weight is dequantised.
 
 Everything goes through one operator, `hf_paged::fp8_linear`, whose gradient is with respect to its input alone.
 """
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
+
+MOST_ROWS_IN_BLOCKS = 256
+"""Of activations that a weight with a scale per 128 x 128 is multiplied with as it is."""
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +49,6 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: to
     return (weight.float() * scales).to(dtype)
 
 
-def multiply_in_fp8(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """bfloat16 `[M, K]` times a weight with scales per row, `[N, K]` and `[N, 1]` -> bfloat16 `[M, N]`."""
-    values, row_scales = quantize_rows(rows)
-    return torch._scaled_mm(values, weight.T, scale_a=row_scales, scale_b=scales.T, out_dtype=torch.bfloat16)
-
-
 # ---- the operator --------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("hf_paged", "FRAGMENT")
@@ -61,7 +59,12 @@ def _fp8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
     outputs, inputs = weight.shape
     rows = x.reshape(-1, inputs).contiguous()
     if rows.shape[0] and _multiplies_in_fp8(rows, weight, block):
-        out = multiply_in_fp8(rows, weight, scales)
+        from hf_paged.kernels.triton import fp8
+
+        if block == [1, inputs]:
+            out = fp8.fp8_linear(rows, weight, scales)
+        else:
+            out = fp8.fp8_matmul(*fp8.quantize_groups(rows), weight, scales)
     else:
         out = F.linear(rows, dequantize(weight, scales, (block[0], block[1]), x.dtype))
     if bias is not None:
@@ -70,10 +73,12 @@ def _fp8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def _multiplies_in_fp8(rows: Tensor, weight: Tensor, block: list[int]) -> bool:
-    """As far as torch has it: scales per row on a GPU, to bfloat16."""
+    """On a GPU, to bfloat16."""
     outputs, inputs = weight.shape
-    fits = block == [1, inputs] and outputs % 16 == 0 and inputs % 16 == 0 and rows.dtype is torch.bfloat16
-    return fits and rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (8, 9)
+    by_row = block == [1, inputs] and outputs % 16 == 0 and inputs % 16 == 0
+    in_blocks = block == [128, 128] and inputs % 128 == 0 and rows.shape[0] <= MOST_ROWS_IN_BLOCKS
+    fits = (by_row or in_blocks) and rows.is_cuda and rows.dtype is torch.bfloat16
+    return fits and torch.cuda.get_device_capability(rows.device) >= (9, 0)
 
 
 def _shape_of_fp8_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -131,6 +136,22 @@ class FP8Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` of an ordinary linear layer."""
         return dequantize(self.weight, self.scales, self.block, dtype)
+
+    def kind(self) -> tuple[Any, ...] | None:
+        """As `model.fuse.Joinable`: blocks must not straddle two layers."""
+        whole = self.out_features % self.block[0] == 0
+        return (FP8Linear, tuple(self.block), self.weight.device) if whole else None
+
+    def join(self, others: list[FP8Linear]) -> tuple[FP8Linear, list[dict[str, Tensor]]]:
+        """As `model.fuse.Joinable`."""
+        layers = [self, *others]
+        tensors = {"weight": [layer.weight for layer in layers], "scales": [layer.scales for layer in layers]}
+        if self.bias is not None:
+            tensors["bias"] = [layer.bias for layer in layers]  # type: ignore[misc]
+        joined = {name: torch.cat(parts) for name, parts in tensors.items()}
+        split = {name: joined[name].split([len(part) for part in parts]) for name, parts in tensors.items()}
+        layer = FP8Linear(joined["weight"], joined["scales"], self.block, bias=joined.get("bias"))
+        return layer, [{name: parts[i] for name, parts in split.items()} for i in range(len(layers))]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
         # `model.to(dtype)` means what is computed with. It would make the weight a wrong one of that dtype.

@@ -198,6 +198,23 @@ class W4Linear(nn.Module):
         weight = dequantize(self.codes, self.scales.to(dtype), self.zeros, self.group_size)
         return weight if self.perm is None else weight[:, self.perm.argsort()]
 
+    def kind(self) -> tuple[Any, ...] | None:
+        """As `model.fuse.Joinable`: layers with an order of inputs of their own are left alone."""
+        return None if self.perm is not None else (W4Linear, self.group_size, self.scales.dtype, self.codes.device)
+
+    def join(self, others: list[W4Linear]) -> tuple[W4Linear, list[dict[str, Tensor]]]:
+        """As `model.fuse.Joinable`."""
+        layers = [self, *others]
+        codes = torch.cat([layer.codes for layer in layers], dim=1)
+        scales, zeros = (torch.cat([getattr(layer, name) for layer in layers], 1) for name in ("scales", "zeros"))
+        bias = None if self.bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
+        joined = W4Linear(codes, scales, zeros, self.group_size, bias=bias)
+        sizes = [layer.out_features for layer in layers]
+        split = {"codes": codes.split(sizes, 1), "scales": scales.split(sizes, 1), "zeros": zeros.split(sizes, 1)}
+        if bias is not None:
+            split["bias"] = bias.split(sizes)
+        return joined, [{name: parts[i] for name, parts in split.items()} for i in range(len(layers))]
+
     @torch.compiler.disable
     def _pack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         tensors = self.codes, self.scales, self.zeros

@@ -35,6 +35,9 @@ PLANE = 32
 MOST_ROWS = 256
 """The most rows that `w4_linear` multiplies with codes; for more, the weights are dequantised first."""
 
+LEAST_TURNS = 4
+"""A part of a product has at least so many, where there are as many."""
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -71,18 +74,19 @@ def _weights(codes, scale, zero, j: tl.constexpr):
 
 
 @triton.jit
-def _scales(scales, zeros, group, n, column):
+def _scales(scales, zeros, group, scale_stride, zero_stride, column):
     """Of a group of inputs, or of several, and of columns; the zeros as `_weights` wants them."""
     dtype: tl.constexpr = scales.dtype.element_ty
     plain: tl.constexpr = INTERPRETED or dtype == tl.float32
     base: tl.constexpr = 0.0 if plain else 128.0 if dtype == tl.bfloat16 else 1024.0
-    place = group * n + column
-    return tl.load(scales + place), (tl.load(zeros + place).to(tl.float32) + base).to(dtype)
+    zero = tl.load(zeros + group * zero_stride + column).to(tl.float32) + base
+    return tl.load(scales + group * scale_stride + column), zero.to(dtype)
 
 
 @triton.jit(do_not_specialize=["split_turns", "m"])
 def _matmul(
-    x, codes, scales, zeros, bias, out, m, n, k, turns, split_turns,
+    x, codes, scales, zeros, bias, out, m, n, k,
+    code_stride, scale_stride, zero_stride, turns, split_turns,
     GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -100,11 +104,13 @@ def _matmul(
     end = tl.minimum(begin + split_turns, turns)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     # One group per turn is the rule. Its scales are loaded a turn ahead, since nobody else would.
-    scale, zero = _scales(scales, zeros, begin * 128 // GROUP, n, near)
+    scale, zero = _scales(scales, zeros, begin * 128 // GROUP, scale_stride, zero_stride, near)
     for turn in tl.range(begin, end, num_stages=STAGES):
-        words = tl.load(code + turn * (n * 32))  # fewer than 2^31 numbers
+        words = tl.load(code + turn * code_stride)  # fewer than 2^31 numbers
         if GROUP % 128 == 0:
-            next_scale, next_zero = _scales(scales, zeros, tl.minimum(turn + 1, turns - 1) * 128 // GROUP, n, near)
+            next_scale, next_zero = _scales(
+                scales, zeros, tl.minimum(turn + 1, turns - 1) * 128 // GROUP, scale_stride, zero_stride, near
+            )
         for j in tl.static_range(4):
             first = turn * 128 + 32 * j
             if EVEN:
@@ -114,11 +120,13 @@ def _matmul(
             if GROUP % 128 == 0:
                 weights = _weights(words, scale[:, None], zero[:, None], j)
             elif GROUP % 32 == 0:
-                one_scale, one_zero = _scales(scales, zeros, tl.minimum(first, k - 1) // GROUP, n, near)
+                one_scale, one_zero = _scales(
+                    scales, zeros, tl.minimum(first, k - 1) // GROUP, scale_stride, zero_stride, near
+                )
                 weights = _weights(words, one_scale[:, None], one_zero[:, None], j)
             else:
                 group = tl.minimum(first + index, k - 1) // GROUP
-                each_scale, each_zero = _scales(scales, zeros, group[None, :], n, near[:, None])
+                each_scale, each_zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near[:, None])
                 weights = _weights(words, each_scale, each_zero, j)
             acc = tl.dot(weights, a, acc, input_precision="ieee")
         if GROUP % 128 == 0:
@@ -132,20 +140,22 @@ def _matmul(
 
 
 @triton.jit
-def _dequantize(codes, scales, zeros, out, n, k, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dequantize(
+    codes, scales, zeros, out, n, k, code_stride, scale_stride, zero_stride, GROUP: tl.constexpr, BLOCK_N: tl.constexpr
+):
     turn, index = tl.program_id(0), tl.arange(0, 32)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(column, n - 1)[:, None]
-    words = tl.load(codes + (turn * n + near) * 32 + index[None, :])
+    words = tl.load(codes + turn * code_stride + near * 32 + index[None, :])
     line = out + column.to(tl.int64)[:, None] * k
     for j in tl.static_range(4):
         inputs = turn * 128 + 32 * j + index
         group = tl.minimum(inputs, k - 1) // GROUP
         if GROUP % 32 == 0:
             group = tl.min(group, 0)
-            scale, zero = _scales(scales, zeros, group, n, near)
+            scale, zero = _scales(scales, zeros, group, scale_stride, zero_stride, near)
         else:
-            scale, zero = _scales(scales, zeros, group[None, :], n, near)
+            scale, zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near)
         weights = _weights(words, scale, zero, j)
         tl.store(line + inputs[None, :], weights, mask=(column < n)[:, None] & (inputs < k)[None, :])
 
@@ -167,21 +177,28 @@ class W4Config(NamedTuple):
 
 
 def w4_config(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> W4Config:
-    """For an H100: 132 multiprocessors, 228 KiB of shared memory each.
+    """The best of some forty ways measured on an H100 (132 multiprocessors), or near it: for layers of 4096 x 4096 to
+    28672 x 4096 and 1 to 256 rows.
+
+    Few rows are as fast as the codes come in, and want many small programs; more rows want wide tiles, so that
+    activations are read less often, and two programs, or one of 128 rows, for each multiprocessor.
 
     Args:
         dtype: of the activations. float32 is multiplied without tensor cores, in loops that are unrolled: there tiles
             are small.
     """
+    block_m = max(8, triton.next_power_of_2(m))
     if dtype == torch.float32:
         config, wanted = W4Config(16, block_n=32, splits=1, num_warps=4, num_stages=2), 264
+    elif block_m <= 16:
+        config, wanted = W4Config(block_m, block_n=128, splits=1, num_warps=4, num_stages=3), 448
+    elif block_m <= 64:
+        config, wanted = W4Config(block_m, block_n=256, splits=1, num_warps=8, num_stages=3), 264
     else:
-        block_m = min(max(8, triton.next_power_of_2(m)), 256)
-        warps, stages = (4, 5) if block_m <= 32 else (4, 4) if block_m == 64 else (8, 3)
-        config, wanted = W4Config(block_m, block_n=128, splits=1, num_warps=warps, num_stages=stages), 396
+        config, wanted = W4Config(128, block_n=256, splits=1, num_warps=8, num_stages=3), 132
     programs = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
     turns = triton.cdiv(k, TURN)
-    splits = min(max(1, wanted // programs), 16, turns)
+    splits = min(max(1, round(wanted / programs)), 16, max(1, turns // LEAST_TURNS))
     return config._replace(splits=triton.cdiv(turns, triton.cdiv(turns, splits)))
 
 
@@ -202,9 +219,9 @@ def w4_matmul(
 
     Args:
         x: `[M, K]`, of one of `DTYPES`.
-        codes: int16 `[ceil(K / 128), N, 32]`, contiguous: nibble j of number h of turn t is input 128 t + 32 j + h.
-        scales: `[K / group_size, N]` in the dtype of x, contiguous.
-        zeros: uint8 `[K / group_size, N]`, contiguous; 0 to 16.
+        codes: int16 `[ceil(K / 128), N, 32]`: nibble j of number h of turn t is input 128 t + 32 j + h.
+        scales: `[K / group_size, N]` in the dtype of x.
+        zeros: uint8 `[K / group_size, N]`; 0 to 16. All three may be some of the columns of a larger layer.
         group_size: inputs per scale. Multiples of 128 are fastest, then those of 32.
         bias: `[N]`, or None.
         config: by default `w4_config`'s.
@@ -228,7 +245,8 @@ def w4_matmul(
     overlaps = split and can_overlap(x.device)
     with torch.cuda.device_of(x):
         _matmul[(triton.cdiv(n, config.block_n), config.splits, triton.cdiv(m, config.block_m))](
-            x.contiguous(), codes, scales, zeros, bias, target, m, n, k, turns, triton.cdiv(turns, config.splits),
+            x.contiguous(), codes, scales, zeros, bias, target, m, n, k,
+            codes.stride(0), scales.stride(0), zeros.stride(0), turns, triton.cdiv(turns, config.splits),
             GROUP=group_size, EVEN=k % TURN == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             STAGES=config.num_stages, HAS_BIAS=bias is not None, PARTIAL=split, OVERLAPS=overlaps,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -247,7 +265,18 @@ def w4_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int)
     block_n = 64
     with torch.cuda.device_of(codes):
         _dequantize[(codes.shape[0], triton.cdiv(n, block_n))](
-            codes, scales, zeros, out, n, k, GROUP=group_size, BLOCK_N=block_n, num_warps=4
+            codes,
+            scales,
+            zeros,
+            out,
+            n,
+            k,
+            codes.stride(0),
+            scales.stride(0),
+            zeros.stride(0),
+            GROUP=group_size,
+            BLOCK_N=block_n,
+            num_warps=4,
         )
     return out
 
@@ -279,6 +308,6 @@ def _check(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tup
         raise ValueError(f"zeros have shape {tuple(zeros.shape)}, and the scales {tuple(scales.shape)}: must be alike")
     if codes.numel() >= 2**31:
         raise ValueError(f"a weight of {n} x {k} is too large: its codes are to be fewer than 2^31 numbers of 16 bits")
-    if not (codes.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()):
-        raise ValueError("codes, scales and zeros must be contiguous")
+    if n and k and not all(tensor[0].is_contiguous() for tensor in (codes, scales, zeros)):
+        raise ValueError("codes, scales and zeros must be contiguous but for their first dimension")
     return n, k

@@ -123,6 +123,16 @@ def test_every_bit_of_a_number_has_its_place(value: int, dtype: torch.dtype) -> 
     assert w4_matmul(one_hot, codes, scales, zeros, 32)[:, 5].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_of_a_larger_layer(dtype: torch.dtype) -> None:
+    """Its columns lie between others'."""
+    (codes, scales, zeros, group), weight = make(256, 48, 64, dtype)
+    part = codes[:, 8:24], scales[:, 8:24], zeros[:, 8:24], group
+    x = random(3, 256, dtype=dtype)
+    assert_close(w4_matmul(x, *part), x, weight[8:24], None)
+    assert w4_dequantize(*part).equal(weight[8:24].to(dtype))
+
+
 def test_few_and_many_rows_and_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, weight = make(64, 16, 32, torch.float32)
     calls: list[int] = []
