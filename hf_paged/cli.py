@@ -120,6 +120,9 @@ def latency(
     draft_tokens: Annotated[int, typer.Option(min=1, help="With --speculative: tokens drafted at most.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="With --speculative: tokens per sequence at most.")] = 200,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the linear layers: w4 (four bits, groups of 128) or fp8 (a scale per row).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -131,6 +134,10 @@ def latency(
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise typer.BadParameter(f"batches must be positive numbers with commas between them, got {batches!r}")
     _check_model(model, dtype, device)
+    if quantization is not None:
+        from hf_paged.bench.models import QUANTIZATIONS
+
+        _choose("quantization", [quantization], QUANTIZATIONS)
     options = _options(option or [])
     if speculative is not None:
         from hf_paged.bench import speculation
@@ -163,6 +170,7 @@ def latency(
             temperature=temperature,
             dtype=dtype,
             device=device,
+            quantization=quantization,
             options=options,
             log=_log(as_json),
         )

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def run_latency(
     temperature: float = 0.0,
     dtype: str | None = None,
     device: str | None = None,
+    quantization: str | None = None,
     options: dict[str, Any] | None = None,
     rates: Rates | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -44,6 +45,7 @@ def run_latency(
     Args:
         model_name, dtype, device, options, rates, log: as for `run_throughput`. `max_num_seqs` is the largest batch, or
             256, unless an option says otherwise.
+        quantization: "w4" or "fp8": the model's linear layers are quantised.
         batches: sequences that decode at once.
         context: tokens of each prompt.
         steps: decode steps per round.
@@ -57,13 +59,13 @@ def run_latency(
     """
     options = {"max_num_seqs": max(256, *batches)} | (options or {})
     hf_paged.EngineConfig().with_changes(**options)
-    subject = make_subject(model_name, dtype, device)
+    subject = make_subject(model_name, dtype, device, quantization)
     if rates is None:
         log("measuring the machine ...")
         rates = measure_rates(subject.device, subject.dtype)
         free_memory()
     model, vocab = subject.model, subject.config.vocab_size
-    cost = ModelCost.of(subject.config, subject.dtype)
+    cost = replace(ModelCost.of(subject.config, subject.dtype), weight_bytes=_weights_read(model))
     draw = random.Random(0)
     prompts = [[draw.randrange(vocab) for _ in range(context)] for _ in range(max(batches))]
     try:
@@ -92,6 +94,8 @@ def run_latency(
         "model": subject.name,
         "dtype": str(subject.dtype).removeprefix("torch."),
         "device": str(subject.device),
+        "quantization": quantization,
+        "weight_bytes": sum(tensor.nbytes for tensor in _weights(model)),
         "options": options,
         "machine": machine(),
         "rates": asdict(rates),
@@ -103,6 +107,17 @@ def run_latency(
         "first_token_floor_fraction": first_floor / first,
         "decode": decode,
     }
+
+
+def _weights(model: Any) -> list[torch.Tensor]:
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer is not None)]
+
+
+def _weights_read(model: Any) -> int:
+    """Bytes of weights that a step reads: all but an input embedding's, unless it is the output's too."""
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is model.get_output_embeddings().weight
+    return sum(tensor.nbytes for tensor in _weights(model)) - (0 if tied else embedding.nbytes)
 
 
 def _sampling(temperature: float, max_tokens: int | None) -> hf_paged.SamplingParams:
@@ -206,7 +221,7 @@ class _DecodeClock:
 def as_table(result: dict[str, Any]) -> Table:
     """The same for people."""
     table = Table(
-        title=f"{result['model']}, {result['dtype']}: prompts of {result['context']} tokens",
+        title=f"{result['model']}, {result['quantization'] or result['dtype']}: prompts of {result['context']} tokens",
         caption=f"floors at {rates_text(result['rates'])}",
     )
     for column in ("", "ms", "floor ms", "of the floor", "tokens/s", "mean context"):

@@ -134,6 +134,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 MODELS = ["smollm2", *SHAPES]
 DTYPES = ["float32", "bfloat16", "float16"]
+QUANTIZATIONS = ["w4", "fp8"]
 
 
 def empty_model(config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -162,6 +163,29 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device | str) ->
     return model
 
 
+@torch.no_grad()
+def quantized(model: Any, how: str) -> Any:
+    """The model with other layers in the places of its linear layers, all but the last: "fp8" ones with its own
+    weights, or "w4" ones with random codes, in groups of 128 where that divides the inputs, which take as long as any."""
+    from hf_paged.quantization.fp8 import FP8Linear, quantize_rows
+    from hf_paged.quantization.w4 import W4Linear
+
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
+            continue
+        (outputs, inputs), device = module.weight.shape, module.weight.device
+        if how == "fp8":
+            layer: torch.nn.Module = FP8Linear(*quantize_rows(module.weight), bias=module.bias)
+        else:
+            codes = torch.randint(-(2**15), 2**15, (-(-inputs // 128), outputs, 32), dtype=torch.int16, device=device)
+            group_size = 128 if inputs % 128 == 0 else inputs
+            scales = torch.full((inputs // group_size, outputs), 0.004, dtype=module.weight.dtype, device=device)
+            zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=device)
+            layer = W4Linear(codes, scales, zeros, group_size, bias=module.bias)
+        model.set_submodule(name, layer)
+    return model
+
+
 @dataclass
 class Subject:
     """A model to be timed, made when it is first needed."""
@@ -169,6 +193,7 @@ class Subject:
     name: str
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quantization: str | None = None
 
     @cached_property
     def config(self) -> Any:
@@ -179,8 +204,10 @@ class Subject:
     def model(self) -> Any:
         """The model, in eval mode on its device."""
         if self.name in SHAPES:
-            return random_model(self.config, self.dtype, self.device)
-        return load_smollm2(self.dtype)[0].to(self.device)
+            model = random_model(self.config, self.dtype, self.device)
+        else:
+            model = load_smollm2(self.dtype)[0].to(self.device)
+        return model if self.quantization is None else quantized(model, self.quantization)
 
     def drop(self) -> None:
         """Gives the model's memory back; it is made again when needed again."""
@@ -195,20 +222,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def make_subject(name: str | None = None, dtype: str | None = None, device: str | None = None) -> Subject:
+def make_subject(
+    name: str | None = None, dtype: str | None = None, device: str | None = None, quantization: str | None = None
+) -> Subject:
     """A subject by names.
 
     Args:
         name: one of `MODELS`; None is smollm2 on a CPU and qwen3-0.6b on a GPU.
         dtype: None is float32 on a CPU and bfloat16 on a GPU.
         device: None is the GPU where there is one.
+        quantization: one of `QUANTIZATIONS`, or None.
 
     Raises:
         ValueError: a name that is not known.
     """
+    check_names("quantization", [quantization] if quantization else [], QUANTIZATIONS)
     check_names("model", [name] if name else [], MODELS)
     check_names("dtype", [dtype] if dtype else [], DTYPES)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = where.type == "cpu"
     name = name or ("smollm2" if on_cpu else "qwen3-0.6b")
-    return Subject(name, getattr(torch, dtype or ("float32" if on_cpu else "bfloat16")), where)
+    return Subject(name, getattr(torch, dtype or ("float32" if on_cpu else "bfloat16")), where, quantization)

@@ -239,7 +239,8 @@ def _slice_class(kind: Any) -> Any:
 
 
 def _slice(linear: Any, product: _Product, place: int) -> nn.Module:
-    return _slice_class(type(linear))(linear, product, place)
+    kind: Any = type(linear)
+    return _slice_class(kind)(linear, product, place)
 
 
 class _Installed:

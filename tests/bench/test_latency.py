@@ -75,3 +75,14 @@ def test_latency_command(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "decode step of 2" in result.output
+
+
+@pytest.mark.parametrize("quantization", ["w4", "fp8"])
+def test_latency_of_a_quantised_model(quantization: str) -> None:
+    plain, small = (
+        latency.run_latency("tiny", [1], 8, steps=2, rounds=1, device="cpu", quantization=how, rates=RATES)
+        for how in (None, quantization)
+    )
+    assert small["quantization"] == quantization and "step_s" in small["decode"][0]
+    assert small["weight_bytes"] < plain["weight_bytes"]
+    assert quantization in (latency.as_table(small).title or "")
