@@ -110,7 +110,8 @@ def run_latency(
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
-    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer is not None)]
+    kept = model.state_dict().keys()  # not what is computed, such as rotary frequencies
+    return [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in kept)]
 
 
 def _weights_read(model: Any) -> int:

@@ -165,8 +165,12 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device | str) ->
 
 @torch.no_grad()
 def quantized(model: Any, how: str) -> Any:
-    """The model with other layers in the places of its linear layers, all but the last: "fp8" ones with its own
-    weights, or "w4" ones with random codes, in groups of 128 where that divides the inputs, which take as long as any."""
+    """The model with quantised layers in the places of its linear layers, all but the last.
+
+    Args:
+        how: "fp8", with the model's own weights; or "w4", with random codes, which take as long as any, in groups of
+            128 where these come out even.
+    """
     from hf_paged.quantization.fp8 import FP8Linear, quantize_rows
     from hf_paged.quantization.w4 import W4Linear
 
