@@ -42,12 +42,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def _plane(j: int, base: str, kind: str) -> tl.constexpr:
-    """Machine code for plane j of two numbers: `$0 = (code - ($2 - base)) * $3`, where base + code is code in the
-    mantissa of base."""
+    """Machine code for plane j of two numbers: `$0 = (code - ($2 - base)) * $4`, where base + code is code in the
+    mantissa of base. $3 and $5 are $2 and $4 again, of the second number."""
     shift = f"shr.b32 w, $1, {4 * j}" if j else "mov.b32 w, $1"
     return tl.constexpr(
         f"{{ .reg .b32 w; {shift}; lop3.b32 w, w, 0x000f000f, {base}, 0xEA;"
-        f" sub.rn.{kind} w, w, $2; mul.rn.{kind} $0, w, $3; }}"
+        f" sub.rn.{kind} w, w, $2; mul.rn.{kind} $0, w, $4; }}"
     )
 
 
@@ -58,29 +58,33 @@ FP16_0, FP16_1, FP16_2, FP16_3 = (_plane(j, "0x64006400", "f16x2") for j in rang
 
 
 @triton.jit
-def _weights(codes, scale, zero, j: tl.constexpr):
-    """Plane j of `codes` `[columns, PLANE]` as weights; `scale` and `zero`, from `_scales`, broadcast to that."""
-    dtype: tl.constexpr = scale.dtype
-    scale, _ = tl.broadcast(scale, codes)
-    zero, _ = tl.broadcast(zero, codes)
-    if INTERPRETED or dtype == tl.float32:
-        return ((codes >> 4 * j & 15).to(dtype) - zero) * scale
-    elif dtype == tl.bfloat16:
-        asm: tl.constexpr = BF16_0 if j == 0 else BF16_1 if j == 1 else BF16_2 if j == 2 else BF16_3
-        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [codes, zero, scale], tl.bfloat16, is_pure=True, pack=2)
-    else:
-        asm_16: tl.constexpr = FP16_0 if j == 0 else FP16_1 if j == 1 else FP16_2 if j == 2 else FP16_3
-        return tl.inline_asm_elementwise(asm_16, "=r,r,r,r", [codes, zero, scale], tl.float16, is_pure=True, pack=2)
+def _scales(scales, zeros, group, scale_stride, zero_stride, column):
+    """Of a group of inputs, or of several, and of columns, as they lie in memory: a scale of 16 bits, and a zero, in
+    32. Nothing is computed with them here, so that nobody waits for them here."""
+    scale = tl.load(scales + group * scale_stride + column)
+    if scales.dtype.element_ty != tl.float32:
+        scale = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return scale, tl.load(zeros + group * zero_stride + column).to(tl.uint32)
 
 
 @triton.jit
-def _scales(scales, zeros, group, scale_stride, zero_stride, column):
-    """Of a group of inputs, or of several, and of columns; the zeros as `_weights` wants them."""
-    dtype: tl.constexpr = scales.dtype.element_ty
-    plain: tl.constexpr = INTERPRETED or dtype == tl.float32
-    base: tl.constexpr = 0.0 if plain else 128.0 if dtype == tl.bfloat16 else 1024.0
-    zero = tl.load(zeros + group * zero_stride + column).to(tl.float32) + base
-    return tl.load(scales + group * scale_stride + column), zero.to(dtype)
+def _weights(codes, scale, zero, j: tl.constexpr, dtype: tl.constexpr):
+    """Plane j of `codes` `[columns, PLANE]` as weights; `scale` and `zero`, from `_scales`, broadcast to that."""
+    if INTERPRETED or dtype == tl.float32:
+        if dtype != tl.float32:
+            scale = scale.to(tl.uint16).to(dtype, bitcast=True)
+        return ((codes >> 4 * j & 15).to(dtype) - zero.to(dtype)) * scale
+    else:
+        # Two of each side by side; the zero in the mantissa of the base.
+        scale, _ = tl.broadcast(scale * 0x10001, codes)
+        if dtype == tl.bfloat16:
+            zero, _ = tl.broadcast((zero | 0x4300) * 0x10001, codes)
+            asm: tl.constexpr = BF16_0 if j == 0 else BF16_1 if j == 1 else BF16_2 if j == 2 else BF16_3
+            return tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", [codes, zero, scale], tl.bfloat16, True, 2)
+        else:
+            zero, _ = tl.broadcast((zero | 0x6400) * 0x10001, codes)
+            asm_16: tl.constexpr = FP16_0 if j == 0 else FP16_1 if j == 1 else FP16_2 if j == 2 else FP16_3
+            return tl.inline_asm_elementwise(asm_16, "=r,r,r,r,r,r", [codes, zero, scale], tl.float16, True, 2)
 
 
 @triton.jit(do_not_specialize=["split_turns", "m"])
@@ -91,6 +95,7 @@ def _matmul(
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and columns, over one part of the turns."""
+    dtype: tl.constexpr = scales.dtype.element_ty
     if OVERLAPS:
         gdc_launch_dependents()  # the kernel that adds the parts waits where it needs them
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -118,16 +123,16 @@ def _matmul(
             else:
                 a = tl.load(line + first, mask=(first + index < k)[:, None], other=0.0)
             if GROUP % 128 == 0:
-                weights = _weights(words, scale[:, None], zero[:, None], j)
+                weights = _weights(words, scale[:, None], zero[:, None], j, dtype)
             elif GROUP % 32 == 0:
                 one_scale, one_zero = _scales(
                     scales, zeros, tl.minimum(first, k - 1) // GROUP, scale_stride, zero_stride, near
                 )
-                weights = _weights(words, one_scale[:, None], one_zero[:, None], j)
+                weights = _weights(words, one_scale[:, None], one_zero[:, None], j, dtype)
             else:
                 group = tl.minimum(first + index, k - 1) // GROUP
                 each_scale, each_zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near[:, None])
-                weights = _weights(words, each_scale, each_zero, j)
+                weights = _weights(words, each_scale, each_zero, j, dtype)
             acc = tl.dot(weights, a, acc, input_precision="ieee")
         if GROUP % 128 == 0:
             scale, zero = next_scale, next_zero
@@ -143,6 +148,7 @@ def _matmul(
 def _dequantize(
     codes, scales, zeros, out, n, k, code_stride, scale_stride, zero_stride, GROUP: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    dtype: tl.constexpr = scales.dtype.element_ty
     turn, index = tl.program_id(0), tl.arange(0, 32)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(column, n - 1)[:, None]
@@ -156,7 +162,7 @@ def _dequantize(
             scale, zero = _scales(scales, zeros, group, scale_stride, zero_stride, near)
         else:
             scale, zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near)
-        weights = _weights(words, scale, zero, j)
+        weights = _weights(words, scale, zero, j, dtype)
         tl.store(line + inputs[None, :], weights, mask=(column < n)[:, None] & (inputs < k)[None, :])
 
 
