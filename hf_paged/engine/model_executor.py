@@ -37,8 +37,6 @@ from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
-from hf_paged.quantization.fp8 import FP8Linear
-from hf_paged.quantization.w4 import W4Linear
 from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
@@ -461,9 +459,7 @@ class ModelExecutor(Executor):
 
 def _num_weights(lm: nn.Module) -> int:
     """Those of quantised layers too, which are no parameters."""
-    linear = sum(
-        m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear | W4Linear | FP8Linear)
-    )
+    linear = sum(m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear))
     return max(linear, sum(parameter.numel() for parameter in lm.parameters()))
 
 

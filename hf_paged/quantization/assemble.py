@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
-from hf_paged.quantization.formats.base import Format, QuantizedLinear
+from hf_paged.quantization.formats.base import Format
+from hf_paged.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +107,8 @@ def assemble(
         ValueError: a quantised layer's tensors cannot be what they are; the model is then of no use.
     """
     for name, parts in plan.layers.items():
-        layer: nn.Module = _read_layer(name, parts, checkpoint, format, dtype, device)
-        if dequantized:
-            layer = plain_linear(layer.dequantize(dtype), layer.bias)  # type: ignore[operator, arg-type]
-        model.set_submodule(name, layer)
+        layer = _read_layer(name, parts, checkpoint, format, dtype, device)
+        model.set_submodule(name, plain_linear(layer.dequantize(dtype), layer.bias) if dequantized else layer)
     # Kept in float32, as transformers itself does.
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
     kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else []

@@ -46,8 +46,8 @@ def load(
 
     Quantised checkpoints are read here, not by transformers: AWQ (GEMM), GPTQ and compressed-tensors (pack-quantized),
     all of four bits, and FP8 as DeepSeek or compressed-tensors write it. Their linear layers become `W4Linear`s and
-    `FP8Linear`s, which have no gradient of their own, but pass it on; what `save_pretrained` writes of these nobody
-    reads. Checkpoints of bitsandbytes and other quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models
+    `FP8Linear`s, which have no gradient of their own, but pass it on, to PEFT's adapters for one; `save_pretrained`
+    refuses such a model. Checkpoints of other quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models
     `wrap` takes as they are.
 
     Args:
