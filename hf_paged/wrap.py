@@ -15,6 +15,7 @@ from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
 from hf_paged.outputs import RequestOutput
+from hf_paged.quantization.bitsandbytes import pack_for_cpu
 from hf_paged.quantization.linear import QuantizedLinear
 from hf_paged.sampling_params import RequestOutputKind
 from hf_paged.score import Completion, score
@@ -56,6 +57,7 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         if not isinstance(part, PagedGenerationMixin):
             part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]
         part.__dict__["_hf_paged"] = state
+    pack_for_cpu(lm, False)
     return model
 
 
@@ -72,6 +74,7 @@ def unwrap(model: Model) -> Model:
             original = getattr(type(part), "_hf_paged_original", None)
             if original is not None:
                 part.__class__ = original
+                pack_for_cpu(lm, True)
     return model
 
 

@@ -37,6 +37,7 @@ from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model
 from hf_paged.model.weights import WeightWatch
+from hf_paged.quantization.bitsandbytes import why_uncapturable
 from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
@@ -123,6 +124,9 @@ class ModelExecutor(Executor):
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
+        if self._captures and (reason := why_uncapturable(self._lm)):
+            logger.info("steps run without CUDA graphs: %s", reason)
+            self._captures = False
 
         activations = 0
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:

@@ -17,6 +17,7 @@ from hf_paged.model.inputs import StepInputs
 from hf_paged.model.introspect import ModelLayout, causal_lm, evaluation_mode, refuse, trial
 from hf_paged.model.linear import LeanLinears
 from hf_paged.model.runner import ModelRunner
+from hf_paged.quantization.bitsandbytes import computes_coarsely
 
 CHUNKS = [(0, 2), (2, 5), (5, 6), (6, 7), (7, 8)]
 """A first chunk, a chunk with context, and three decode steps: six of the eight rows depend on what pages hold."""
@@ -80,7 +81,7 @@ def check_model(
             rows = np.arange(end - start)
             found.append(runner.forward(StepInputs(ids[start:end], position, attention, rows, [], [])).float())
     per_row = (torch.cat(found) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    full = storage.keys[0].dtype in (torch.float32, torch.float64)
+    full = storage.keys[0].dtype in (torch.float32, torch.float64) and not computes_coarsely(lm)
     difference = float(per_row.max() if full else per_row[CHUNKS[0][1] :].median())
     if not difference <= (FLOAT32_LIMIT if full else HALF_LIMIT):  # NaN fails too
         raise refuse(

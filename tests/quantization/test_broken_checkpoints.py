@@ -142,8 +142,8 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"hidden_size": 32, "head_dim": 16}, r"must have the shape"),
     "fp8": ({"quantization_config": DEEPSEEK_CONFIG}, "none of the model's linear layers has tensors of the format"),
     "a quantizer of transformers": (
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        r"quantised with 'bitsandbytes'.*from_pretrained.*hf_paged\.wrap",
+        {"quantization_config": {"quant_method": "hqq", "quant_config": {}}},
+        r"quantised with 'hqq'.*from_pretrained.*hf_paged\.wrap",
     ),
 }
 
