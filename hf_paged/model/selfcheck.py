@@ -32,6 +32,11 @@ on a rounding and throw off single rows. Correct models stay under 0.02, and wit
 mask costs 0.3 and more."""
 
 
+def check_prompt(layout: ModelLayout) -> list[int]:
+    """The tokens that a model is checked with."""
+    return [(7 + 5 * place) % layout.vocab_size for place in range(CHUNKS[-1][1])]
+
+
 @torch.no_grad()
 def check_model(
     model: nn.Module,
@@ -49,7 +54,7 @@ def check_model(
         UnsupportedModelError: they disagree.
     """
     lm = causal_lm(model)
-    total, size = CHUNKS[-1][1], 4
+    size = 4
     pages = np.array([1, 0], dtype=np.int32)
     storage = KVStorage(
         layout.layers,
@@ -60,7 +65,7 @@ def check_model(
         layout=backend.layout,
     )
     runner = ModelRunner(model, layout, backend, storage, fused=fused, lean=lean, exact=exact)
-    ids = np.arange(7, 7 + 5 * total, 5, dtype=np.int64) % layout.vocab_size
+    ids = np.array(check_prompt(layout), dtype=np.int64)
     with trial(model), evaluation_mode(lm):
         expected = lm(input_ids=torch.from_numpy(ids).to(layout.device)[None], use_cache=False).logits[0].float()
         if not expected.isfinite().all():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
 from hf_paged.quantization.formats.base import Format
+from hf_paged.quantization.kv_scales import find_kv_scales
 from hf_paged.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,11 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     present = set(tensors)
     tied = {end for pair in ties.items() for end in pair if end not in present and not present.isdisjoint(pair)}
     missing += [name for name in expected if name not in present and name not in tied]
-    used = present | {f"{name}.{part}" for name, parts in layers.items() for part in parts}
+    used = (
+        present
+        | find_kv_scales(checkpoint.entries).keys()
+        | {f"{name}.{part}" for name, parts in layers.items() for part in parts}
+    )
     unexpected = [name for name in checkpoint.entries if name not in used and not _is_ignored(model, name)]
     if missing:
         also = f"; tensors without a place in the model: {_some(unexpected)}" if unexpected else ""

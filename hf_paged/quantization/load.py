@@ -20,6 +20,7 @@ from hf_paged.quantization.formats.compressed_tensors import compressed_tensors
 from hf_paged.quantization.formats.fp8 import Fp8
 from hf_paged.quantization.formats.gptq import Gptq
 from hf_paged.quantization.fp8 import FP8Linear, quantize_rows
+from hf_paged.quantization.kv_scales import attach_kv_scales
 from hf_paged.wrap import wrap
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def _load_quantized(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plan = plan_loading(model, checkpoint, format)
     assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    attach_kv_scales(model, checkpoint, options)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     logger.info("%s: %d quantised linear layers", folder, len(plan.layers))
