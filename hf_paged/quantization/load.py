@@ -14,6 +14,7 @@ from hf_paged.config import EngineConfig
 from hf_paged.quantization import bitsandbytes
 from hf_paged.quantization.assemble import assemble, plan_loading
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
+from hf_paged.quantization.experts import rename
 from hf_paged.quantization.formats.awq import Awq
 from hf_paged.quantization.formats.base import Format
 from hf_paged.quantization.formats.compressed_tensors import compressed_tensors
@@ -172,6 +173,7 @@ def _load_quantized(
     config.quantization_config = None if dequantized else options
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
     assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
     attach_kv_scales(model, checkpoint, options)
