@@ -13,6 +13,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
     "exact": (True, False),
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
+    "calculate_kv_scales": (True, False),
     "attention_backend": ("auto", "triton", "flashinfer", "torch"),
     "compile": ("layers", "off", None),
     "cuda_graphs": (True, False),
@@ -61,8 +62,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Keep full pages for later requests that begin with the same tokens."""
     kv_cache_dtype: str = "auto"
-    """Dtype of stored keys and values: "auto" is the model's own, "fp8" (or "fp8_e4m3") halves their memory, on a
-    GPU."""
+    """Dtype of stored keys and values: "auto" is the model's own, "fp8" (or "fp8_e4m3") halves their memory. On a GPU
+    it needs compute capability 8.9."""
+    calculate_kv_scales: bool = False
+    """With keys and values in FP8: divide them by scales that are measured on the first prompts, a power of two for the
+    keys and one for the values of each layer, and stay as they are from then on. False: scales are the checkpoint's
+    where it has any, else 1."""
     attention_backend: str = "auto"
     """"triton", "flashinfer" or "torch"; "auto" is Triton on a GPU, plain torch elsewhere."""
     compile: str | None = None
@@ -106,6 +111,8 @@ class EngineConfig:
             )
         self._check_choices()
         self._check_exact()
+        if self.calculate_kv_scales and self.kv_cache_dtype == "auto":
+            raise ValueError("calculate_kv_scales=True is for keys and values in FP8: add kv_cache_dtype='fp8'")
         speculation_of(self.speculative_config, self.speculative_model, self.num_speculative_tokens)
         if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, int | float):
             raise ValueError(f"gpu_memory_utilization must be a number, got {self.gpu_memory_utilization!r}")

@@ -15,6 +15,8 @@ from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
 from hf_paged.outputs import RequestOutput
+from hf_paged.quantization.bitsandbytes import pack_for_cpu
+from hf_paged.quantization.linear import QuantizedLinear
 from hf_paged.sampling_params import RequestOutputKind
 from hf_paged.score import Completion, score
 from hf_paged.state import PagedState
@@ -55,6 +57,7 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         if not isinstance(part, PagedGenerationMixin):
             part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]
         part.__dict__["_hf_paged"] = state
+    pack_for_cpu(lm, False)
     return model
 
 
@@ -71,6 +74,7 @@ def unwrap(model: Model) -> Model:
             original = getattr(type(part), "_hf_paged_original", None)
             if original is not None:
                 part.__class__ = original
+                pack_for_cpu(lm, True)
     return model
 
 
@@ -164,6 +168,20 @@ class PagedGenerationMixin(PagedSampling):
             raise ValueError("stream() yields text and needs a tokenizer: give one with wrap(model, tokenizer=...)")
         return many.stream_text(engine, requests[0])
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of a model that `hf_paged.load` has not read from a quantised checkpoint.
+
+        Raises:
+            ValueError: it has layers in a form that no checkpoint format has; adapters alone can be saved.
+        """
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # by `add_adapter`: those are what is written
+        if not adapters and any(isinstance(module, QuantizedLinear) for module in causal_lm(self).modules()):
+            raise ValueError(
+                f"this {type(self).__name__} has quantised layers in a form that nobody could load again: keep the "
+                "checkpoint that it was read from, or load that with quantization=None to save it dequantised"
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def _state(self) -> PagedState:
         state = self.__dict__.get("_hf_paged")
         if state is None:  # a class of one's own that was never wrapped
@@ -188,6 +206,11 @@ class _WrapperMixin(PagedGenerationMixin):
         """As the wrapped model's `generate`."""
         own = getattr(super(), "generate", None)
         return (own or causal_lm(self).generate)(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapper's `save_pretrained`, which for PEFT writes the adapters alone, or the wrapped model's."""
+        own = getattr(super(PagedGenerationMixin, self), "save_pretrained", None)
+        return (own or causal_lm(self).save_pretrained)(*args, **kwargs)
 
 
 @functools.cache

@@ -89,8 +89,6 @@ def test_fields_with_a_few_values_take_these_and_name_them_otherwise(name: str) 
     [
         ({"attention_backend": "triton"}, ValueError, "CUDA"),
         ({"attention_backend": "flashinfer"}, ValueError, "CUDA"),
-        ({"kv_cache_dtype": "fp8"}, ValueError, "FP8.*GPU"),
-        ({"kv_cache_dtype": "fp8_e4m3", "attention_backend": "torch"}, ValueError, "FP8.*GPU"),
     ],
     ids=str,
 )

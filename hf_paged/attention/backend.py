@@ -34,6 +34,10 @@ class LayerSpec:
     key_scale: float = 1.0
     value_scale: float = 1.0
     """With an FP8 pool: what a stored key or value is multiplied by to get the real one. 1 in other dtypes."""
+    key_head_scales: tuple[float, ...] = ()
+    value_head_scales: tuple[float, ...] = ()
+    """The same per KV head, beside these, where heads have scales of their own. Powers of two. Backends are given rows
+    that are scaled already, and do not look at them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,14 @@ def choose_backend(
     """
     if name == "auto" and device.type != "cuda":
         name = "torch"
-    if kv_dtype != dtype and name == "torch":
-        raise ValueError("an FP8 KV cache needs a GPU, and attention_backend 'triton' or 'flashinfer'")
     if name == "torch":
         return TorchBackend(device)
     if device.type != "cuda":
         raise ValueError(f"attention_backend={name!r} needs a CUDA device; the model is on {device}")
     if kv_dtype != dtype and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError("an FP8 KV cache needs a GPU of compute capability 8.9 or higher")
+        raise ValueError(
+            "an FP8 KV cache on a GPU needs one of compute capability 8.9 or higher, or attention_backend='torch'"
+        )
     if name == "flashinfer" and not _installed("flashinfer"):
         raise ImportError("attention_backend='flashinfer' needs FlashInfer: pip install 'hf_paged[cuda]'")
     if not _installed("triton"):

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hf_paged.attention.backend import AttentionBatch, LayerSpec, Layout, PrefillSpan
 
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 DENSE_ENOUGH = 0.6
 """Pages are read in place when they fill this share of the range they lie in; else gathered first. Measured on 2 cores:
 gathering a page costs about 0.45 of the two products over it."""
@@ -174,20 +176,38 @@ class TorchBackend:
         sinks: Tensor | None,
     ) -> Tensor:
         rows = plan.writes[layer.num_kv_heads]
-        key_pool.view(-1, layer.key_dim).index_copy_(0, rows, key.reshape(-1, layer.key_dim).to(key_pool.dtype))
-        value_pool.view(-1, layer.value_dim).index_copy_(
-            0, rows, value.reshape(-1, layer.value_dim).to(value_pool.dtype)
-        )
+        scales, pools = (layer.key_scale, layer.value_scale), (key_pool, value_pool)
+        stored = [_as_stored(x, pool.dtype, s) for x, pool, s in zip((key, value), pools, scales, strict=True)]
+        for x, pool in zip(stored, pools, strict=True):
+            _as_bytes(pool).view(-1, x.shape[-1]).index_copy_(0, rows, _as_bytes(x).reshape(-1, x.shape[-1]))
         out = query.new_empty(query.shape[0], layer.num_heads, layer.value_dim)
         if plan.num_decodes:
             decodes = plan.decodes[layer.window]
             out[: plan.num_decodes] = _decode(decodes, layer, query[: plan.num_decodes], key_pool, value_pool, sinks)
         for span in plan.spans[layer.window]:
-            keys, values = key[span.rows], value[span.rows]
+            parts = [x[span.rows] for x in stored]
             if span.pages is not None:
-                keys, values = _rows_of(key_pool, span), _rows_of(value_pool, span)
+                parts = [_rows_of(pool, span) for pool in pools]
+            keys, values = (_as_computed(x, query.dtype, s) for x, s in zip(parts, scales, strict=True))
             out[span.rows] = _prefill(span, layer, query[span.rows], keys, values, sinks)
         return out
+
+
+def _as_stored(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Keys or values as a pool of `dtype` keeps them, which is what prefill attends to as well."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(dtype)  # the cast does not saturate
+
+
+def _as_computed(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Stored keys or values, scaled back where they were scaled."""
+    return x.to(dtype) if x.dtype.itemsize > 1 else x.to(dtype) * scale
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """FP8, for which torch has hardly an operation, as bytes."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def _decode(
@@ -197,7 +217,8 @@ def _decode(
     count, heads, kv_heads = query.shape[0], layer.num_heads, layer.num_kv_heads
     groups, page = heads // kv_heads, key_pool.shape[2]
     # One row more, for the padding's owner.
-    query = F.pad(query * layer.scaling, (0, 0, 0, 0, 0, 1)).to(key_pool.dtype)
+    dtype = key_pool.dtype if key_pool.dtype.itemsize > 1 else query.dtype
+    query = F.pad(query * (layer.scaling * layer.key_scale), (0, 0, 0, 0, 0, 1)).to(dtype)
     highest = query.new_zeros(count + 1, heads, dtype=torch.float32)
     highest[:count] = -math.inf if sinks is None else sinks.float()
 
@@ -206,7 +227,7 @@ def _decode(
         items, width = bucket.owners.shape
         rows = query.index_select(0, bucket.owners.view(-1))
         rows = rows.view(items, width, kv_heads, groups, layer.key_dim).transpose(1, 2)
-        keys = _pages_of(key_pool, bucket.pages).reshape(items * kv_heads, page, layer.key_dim)
+        keys = _pages_of(key_pool, bucket.pages).to(dtype).reshape(items * kv_heads, page, layer.key_dim)
         scores = torch.bmm(rows.reshape(items * kv_heads, width * groups, layer.key_dim), keys.transpose(1, 2))
         scores = scores.view(items, kv_heads, width, groups, page).float()
         if layer.softcap is not None:
@@ -223,7 +244,7 @@ def _decode(
         peak = highest.index_select(0, bucket.owners.view(-1)).view(items, width, kv_heads, groups, 1).transpose(1, 2)
         weights = scores.sub_(peak).exp_()
         totals.append(weights.sum(-1).transpose(1, 2).reshape(items * width, heads))
-        values = _pages_of(value_pool, bucket.pages).reshape(items * kv_heads, page, layer.value_dim)
+        values = _pages_of(value_pool, bucket.pages).to(dtype).reshape(items * kv_heads, page, layer.value_dim)
         part = torch.bmm(weights.to(values.dtype).view(items * kv_heads, width * groups, page), values)
         part = part.view(items, kv_heads, width, groups * layer.value_dim).transpose(1, 2)
         sums.append(part.reshape(items * width, heads * layer.value_dim).float())
@@ -232,12 +253,12 @@ def _decode(
     if sinks is not None:
         total = total + (sinks.float() - highest[:count]).exp()
     out = _sum_members(plan, sums).view(count, heads, layer.value_dim)
-    return out / total[..., None]
+    return out / (total / layer.value_scale)[..., None]
 
 
 def _pages_of(pool: Tensor, pages: slice | Tensor) -> Tensor:
     """A view of a range of pages, or a copy of pages by id (`index_select` takes a quarter of `pool[ids]`'s time)."""
-    return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
+    return pool[pages] if isinstance(pages, slice) else _as_bytes(pool).index_select(0, pages).view(pool.dtype)
 
 
 def _sum_members(plan: _DecodePlan, parts: list[Tensor]) -> Tensor:
@@ -249,15 +270,15 @@ def _sum_members(plan: _DecodePlan, parts: list[Tensor]) -> Tensor:
 def _rows_of(pool: Tensor, span: _SpanPlan) -> Tensor:
     """`[total, Hkv, D]`: the keys or values of one sequence."""
     assert span.pages is not None
-    taken = _pages_of(pool, span.pages).permute(0, 2, 1, 3)
-    return taken.reshape(-1, taken.shape[2], taken.shape[3])[: span.total]
+    taken = _as_bytes(_pages_of(pool, span.pages)).permute(0, 2, 1, 3)
+    return taken.reshape(-1, taken.shape[2], taken.shape[3])[: span.total].view(pool.dtype)
 
 
 def _prefill(
     span: _SpanPlan, layer: LayerSpec, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
 ) -> Tensor:
     """`[Tq, H, Dk]` against `[Tk, Hkv, D]` -> `[Tq, H, Dv]`."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key.to(query.dtype), value.to(query.dtype)))
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     if layer.softcap is None and sinks is None:
         causal = span.mask is None and query.shape[0] > 1
         out = F.scaled_dot_product_attention(

@@ -95,7 +95,7 @@ class StepLoop:
         """Whether nothing may be launched before the step in the air has landed."""
         if self._held or (self._flight is not None and self._flight.batch.drafts):
             return True
-        return self.speculator.wants(len(self.scheduler.running))
+        return not self.scheduler.growing and self.speculator.wants(len(self.scheduler.running))
 
     def _drain(self) -> None:
         """Waits for a step whose results nobody wants."""

@@ -31,14 +31,14 @@ from hf_paged.model.fuse import FusedLinears, find_groups
 from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
 from hf_paged.model.inputs import InputBuilder, StepInputs
 from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, structure
+from hf_paged.model.kv_scales import with_measured_scales, with_stored_scales
 from hf_paged.model.linear import LeanLinears
 from hf_paged.model.memory import measure_activations
 from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
-from hf_paged.model.selfcheck import check_model
+from hf_paged.model.selfcheck import check_model, check_prompt
 from hf_paged.model.weights import WeightWatch
-from hf_paged.quantization.fp8 import FP8Linear
-from hf_paged.quantization.w4 import W4Linear
+from hf_paged.quantization.bitsandbytes import why_uncapturable
 from hf_paged.sampling.device import DeviceSampler, Landing, split_when_landed
 from hf_paged.sampling.logprobs import TokenLogprobs
 from hf_paged.sampling.sampler import Sampled, Sampler
@@ -82,6 +82,10 @@ class ModelExecutor(Executor):
         self.max_num_seqs = sequences or min(default_num_seqs(device), self.max_num_batched_tokens)
         self.max_verify_rows = min(verify_rows(device), self.max_num_batched_tokens)
         self._kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype != "auto" else layout.kv_dtype
+        if self._kv_dtype != layout.kv_dtype and not config.calculate_kv_scales:
+            self.layout = layout = with_stored_scales(layout)
+        self._measures = config.calculate_kv_scales
+        """The first prompts are still to come, by which keys and values are scaled."""
         self._backend = self._choose_backend()
         self._speculation = speculation
         self.drafter: InStepDrafter | None = None
@@ -119,12 +123,16 @@ class ModelExecutor(Executor):
         self._fused = self._fuse()
         self._lean = LeanLinears(self._lm) if on_gpu and not config.exact else None
         options: dict[str, Any] = {"fused": self._fused, "lean": self._lean, "exact": config.exact}
-        check_model(model, layout, self._backend, kv_dtype=self._kv_dtype, **options)
+        checked = with_measured_scales(model, layout, [check_prompt(layout)]) if self._measures else layout
+        check_model(model, checked, self._backend, kv_dtype=self._kv_dtype, **options)
         self.drafter = load_drafter(self._speculation, config, self._lm, layout)
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
+        if self._captures and (reason := why_uncapturable(self._lm)):
+            logger.info("steps run without CUDA graphs: %s", reason)
+            self._captures = False
 
         activations = 0
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
@@ -245,6 +253,8 @@ class ModelExecutor(Executor):
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+        if self._measures:
+            self._measure_scales(batch)
         for pool in self._pools() if batch.copies else ():
             pool.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
@@ -253,6 +263,17 @@ class ModelExecutor(Executor):
         if self.drafter is not None:
             self.drafter.after(batch)
         return land if drafted is None else lambda: replace(land(), drafted=drafted())
+
+    def _measure_scales(self, batch: Batch) -> None:
+        """Scales keys and values by the first step's prompts, before any page holds something."""
+        prompts = [chunk.sequence.tokens[: chunk.length] for chunk in batch.chunks if chunk.start == 0]
+        self.layout = with_measured_scales(self._model, self.layout, prompts)
+        scales = [scale for layer in self.layout.layers for scale in (layer.key_scale, layer.value_scale)]
+        logger.info("keys and values are scaled by %g to %g", min(scales), max(scales))
+        if self.storage is not None:  # else the last attempt was interrupted
+            self._drop()
+        self._allocate()
+        self._measures = False
 
     def _draft(self, batch: Batch, writes: np.ndarray | None) -> Callable[[], list[list[int]]] | None:
         """Has the drafter do its part of a step, before the target does its own."""
@@ -461,9 +482,7 @@ class ModelExecutor(Executor):
 
 def _num_weights(lm: nn.Module) -> int:
     """Those of quantised layers too, which are no parameters."""
-    linear = sum(
-        m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear | W4Linear | FP8Linear)
-    )
+    linear = sum(m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear))
     return max(linear, sum(parameter.numel() for parameter in lm.parameters()))
 
 

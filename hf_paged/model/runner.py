@@ -52,17 +52,35 @@ class _Step:
 class _Layer:
     """One layer's pools, and the way from a call of the layer to the step that is being computed."""
 
-    __slots__ = ("__weakref__", "_spec", "_step", "key_pool", "value_pool")
+    __slots__ = ("__weakref__", "_key_scales", "_spec", "_step", "_value_scales", "key_pool", "value_pool")
 
     def __init__(self, step: _Step, spec: LayerSpec, key_pool: Tensor, value_pool: Tensor) -> None:
         self._step, self._spec = step, spec
         self.key_pool, self.value_pool = key_pool, value_pool
+        self._key_scales = _column(spec.key_head_scales, key_pool.device)
+        self._value_scales = _column(spec.value_head_scales, key_pool.device)
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
-        step = self._step
+        step, key_scales, value_scales = self._step, self._key_scales, self._value_scales
         assert step.attend is not None, "attention over pages outside a step"
         step.calls += 1
-        return step.attend(self._spec, query, key, value, self.key_pool, self.value_pool, sinks)
+        # A key's scale may as well multiply the query, and a value's the output, whatever kernel is between.
+        if key_scales is not None:
+            query, key = _times_heads(query, key_scales), key / key_scales.to(key.dtype)
+        if value_scales is not None:
+            value = value / value_scales.to(value.dtype)
+        out = step.attend(self._spec, query, key, value, self.key_pool, self.value_pool, sinks)
+        return out if value_scales is None else _times_heads(out, value_scales)
+
+
+def _column(scales: tuple[float, ...], device: torch.device) -> Tensor | None:
+    """float32 `[Hkv, 1]`; None for none."""
+    return torch.tensor(scales, device=device)[:, None] if scales else None
+
+
+def _times_heads(rows: Tensor, scales: Tensor) -> Tensor:
+    """`[T, H, D]` times `[Hkv, 1]`; head h has the scale of KV head `h // (H // Hkv)`."""
+    return (rows.unflatten(1, (len(scales), -1)) * scales[:, None].to(rows.dtype)).flatten(1, 2)
 
 
 class _PagedForward:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
-from hf_paged.quantization.formats.base import Format, QuantizedLinear
+from hf_paged.quantization.experts import Piece, plan_experts, read_experts
+from hf_paged.quantization.formats.base import Format
+from hf_paged.quantization.kv_scales import find_kv_scales
+from hf_paged.quantization.layers import layer_specs, read_layer
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ class Plan:
     """Parameters and buffers of everything else."""
     tied: set[str]
     """Parameters that the checkpoint lacks because they are others."""
+    experts: dict[str, list[Piece]]
+    """Parameters that are stacked from layers of experts."""
 
 
 def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
@@ -50,7 +55,9 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     missing: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and format.holds(found := by_module[name]):
-            specs = _layer_specs(name, module, format, checkpoint)
+            specs = layer_specs(name, module.in_features, module.out_features, format, checkpoint)
+            # Some writers give every layer a bias, of zeros where the model has none.
+            specs["bias"] = TensorSpec(((module.out_features,),), required=module.bias is not None)
             missing += [f"{name}.{part}" for part, spec in specs.items() if spec.required and part not in found]
             layers[name] = [part for part in specs if part in found]
             for part in layers[name]:
@@ -60,7 +67,9 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
                     f"{checkpoint.folder}: {name} is quantised, and by config.json its weight is tied to another: set "
                     "tie_word_embeddings to false there"
                 )
-    if not layers:
+    stacking = plan_experts(model, by_module, checkpoint, format)
+    missing += stacking.missing
+    if not layers and not any(piece.quantized for pieces in stacking.pieces.values() for piece in pieces):
         raise ValueError(
             f"{checkpoint.folder}: config.json says that it is quantised, and none of the model's linear layers has "
             "tensors of the format that it names"
@@ -71,19 +80,22 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
         TensorSpec((tuple(expected[name].shape),), _alike(expected[name])).check(checkpoint.entries[name])
     present = set(tensors)
     tied = {end for pair in ties.items() for end in pair if end not in present and not present.isdisjoint(pair)}
-    missing += [name for name in expected if name not in present and name not in tied]
-    used = present | {f"{name}.{part}" for name, parts in layers.items() for part in parts}
+    found_elsewhere = tied | stacking.pieces.keys()
+    missing += [name for name in expected if name not in present and name not in found_elsewhere]
+    used = present | find_kv_scales(checkpoint.entries).keys()
+    used |= {f"{name}.{part}" for name, parts in layers.items() for part in parts}
+    used |= {f"{piece.layer}.{part}" for pieces in stacking.pieces.values() for piece in pieces for part in piece.parts}
     unexpected = [name for name in checkpoint.entries if name not in used and not _is_ignored(model, name)]
     if missing:
         also = f"; tensors without a place in the model: {_some(unexpected)}" if unexpected else ""
         if any(".experts." in name for name in missing):
-            also += ". Quantised experts of a mixture are not supported"
+            also += ". Experts are read where a checkpoint has them as linear layers, one by one"
         raise ValueError(f"{checkpoint.folder} lacks tensors of {type(model).__name__}: {_some(missing)}{also}")
     if unexpected:
         logger.warning(
             "%s: tensors without a place in the model are left out: %s", checkpoint.folder, _some(unexpected)
         )
-    return Plan(layers, tensors, tied)
+    return Plan(layers, tensors, tied, stacking.pieces)
 
 
 def assemble(
@@ -106,10 +118,12 @@ def assemble(
         ValueError: a quantised layer's tensors cannot be what they are; the model is then of no use.
     """
     for name, parts in plan.layers.items():
-        layer: nn.Module = _read_layer(name, parts, checkpoint, format, dtype, device)
-        if dequantized:
-            layer = plain_linear(layer.dequantize(dtype), layer.bias)  # type: ignore[operator, arg-type]
-        model.set_submodule(name, layer)
+        layer = read_layer(name, parts, checkpoint, format, dtype, device)
+        model.set_submodule(name, plain_linear(layer.dequantize(dtype), layer.bias) if dequantized else layer)
+    for name, pieces in plan.experts.items():
+        _place(model, name, read_experts(model.get_parameter(name), pieces, checkpoint, format, device), None)
+    if any(piece.quantized for pieces in plan.experts.values() for piece in pieces) and not dequantized:
+        logger.info("%s: quantised experts are dequantised to %s", checkpoint.folder, str(dtype).removeprefix("torch."))
     # Kept in float32, as transformers itself does.
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
     kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else []
@@ -127,28 +141,6 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias)
     return linear
-
-
-def _layer_specs(name: str, linear: nn.Linear, format: Format, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    try:
-        specs = format.specs(linear.in_features, linear.out_features)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.folder}: the layer {name} cannot be quantised like this: {error}") from error
-    # Some writers give every layer a bias, of zeros where the model has none.
-    return specs | {"bias": TensorSpec(((linear.out_features,),), required=linear.bias is not None)}
-
-
-def _read_layer(
-    name: str, parts: list[str], checkpoint: Checkpoint, format: Format, dtype: torch.dtype, device: torch.device
-) -> QuantizedLinear:
-    tensors = checkpoint.read([f"{name}.{part}" for part in parts], device)
-    tensors = {part: tensors[f"{name}.{part}"] for part in parts}
-    bias = tensors.pop("bias", None)
-    try:
-        return format.read(tensors, bias.to(dtype) if bias is not None and bias.any() else None, dtype)
-    except ValueError as error:
-        file = checkpoint.entries[f"{name}.{parts[0]}"].file
-        raise ValueError(f"{file}: the layer {name} cannot be read: {error}") from error
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:

@@ -36,6 +36,7 @@ class Entry:
     """One tensor in a file."""
 
     name: str
+    """There; whoever holds the entry may know it by another one."""
     file: Path
     dtype: torch.dtype | None
     """None: one that torch, or this list, does not know."""
@@ -86,7 +87,8 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with _open(file) as tensors:
                 # Copied even on a CPU, where the tensors may be views of the file: somebody may save over it.
-                found |= {name: tensors.get_tensor(name).to(device, copy=True) for name in wanted}
+                stored = {name: self.entries[name].name for name in wanted}
+                found |= {name: tensors.get_tensor(own).to(device, copy=True) for name, own in stored.items()}
         return found
 
 

@@ -1,7 +1,7 @@
 """FP8 linear layers: weights in float8_e4m3fn with one float32 scale per block of them.
 
-    weight  float8_e4m3fn [N, K]
-    scales  float32 [ceil(N/bn), ceil(K/bk)]   `W = weight * scale`; blocks of (1, K) are scales per row
+    codes   float8_e4m3fn [N, K]
+    scales  float32 [ceil(N/bn), ceil(K/bk)]   `W = code * scale`; blocks of (1, K) are scales per row
 
 With scales per row, a GPU that has FP8 tensor cores multiplies in FP8: activations are quantised as they come, with one
 scale per token. With blocks of 128 x 128 (DeepSeek's) it does so for few rows, with a scale per token and 128 inputs.
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from hf_paged.quantization.linear import QuantizedLinear
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -104,60 +106,55 @@ torch.library.register_autograd("hf_paged::fp8_linear", _gradients, setup_contex
 # ---- the layer -----------------------------------------------------------------------------------------------------
 
 
-class FP8Linear(nn.Module):
-    """A linear layer over a weight in FP8. Its tensors are buffers: no optimizer finds them.
+class FP8Linear(QuantizedLinear):
+    """A linear layer over a weight in FP8.
 
     Args:
-        weight: float8_e4m3fn `[N, K]`.
+        codes: float8_e4m3fn `[N, K]`.
         scales: float32, one per block.
         block: (rows, columns) that share a scale; None: a scale per row.
         bias: `[N]` or None.
     """
 
-    weight: Tensor
     scales: Tensor
-    bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None, *, bias: Tensor | None = None
+        self, codes: Tensor, scales: Tensor, block: tuple[int, int] | None = None, *, bias: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(codes.shape[1], codes.shape[0], {"codes": codes, "scales": scales, "bias": bias})
         self.block = block or (1, self.in_features)
-        for name, tensor in {"weight": weight, "scales": scales, "bias": bias}.items():
-            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]` in the dtype of x; under autocast in its dtype, as `F.linear`."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return torch.ops.hf_paged.fp8_linear(x, self.weight, self.scales, self.bias, self.block)
+        return torch.ops.hf_paged.fp8_linear(x, self.codes, self.scales, self.bias, self.block)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` of an ordinary linear layer."""
-        return dequantize(self.weight, self.scales, self.block, dtype)
+        return dequantize(self.codes, self.scales, self.block, dtype)
 
     def kind(self) -> tuple[Any, ...] | None:
         """As `model.fuse.Joinable`: blocks must not straddle two layers."""
         whole = self.out_features % self.block[0] == 0
-        return (FP8Linear, tuple(self.block), self.weight.device) if whole else None
+        return (FP8Linear, tuple(self.block), self.codes.device) if whole else None
 
     def join(self, others: list[FP8Linear]) -> tuple[FP8Linear, list[dict[str, Tensor]]]:
         """As `model.fuse.Joinable`."""
         layers = [self, *others]
-        tensors = {"weight": [layer.weight for layer in layers], "scales": [layer.scales for layer in layers]}
+        tensors = {"codes": [layer.codes for layer in layers], "scales": [layer.scales for layer in layers]}
         if self.bias is not None:
             tensors["bias"] = [layer.bias for layer in layers]  # type: ignore[misc]
         joined = {name: torch.cat(parts) for name, parts in tensors.items()}
         split = {name: joined[name].split([len(part) for part in parts]) for name, parts in tensors.items()}
-        layer = FP8Linear(joined["weight"], joined["scales"], self.block, bias=joined.get("bias"))
+        layer = FP8Linear(joined["codes"], joined["scales"], self.block, bias=joined.get("bias"))
         return layer, [{name: parts[i] for name, parts in split.items()} for i in range(len(layers))]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
-        # `model.to(dtype)` means what is computed with. It would make the weight a wrong one of that dtype.
+        # `model.to(dtype)` means what is computed with. It would make the codes wrong ones of that dtype.
         def in_own_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            stays = tensor is self.weight or tensor is self.scales
+            stays = tensor is self.codes or tensor is self.scales
             return tensor.to(moved.device) if stays and moved.dtype is not tensor.dtype else moved
 
         return super()._apply(in_own_dtype, recurse)

@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from hf_paged.config import EngineConfig
+from hf_paged.quantization import bitsandbytes
 from hf_paged.quantization.assemble import assemble, plan_loading
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
+from hf_paged.quantization.experts import rename
 from hf_paged.quantization.formats.awq import Awq
 from hf_paged.quantization.formats.base import Format
 from hf_paged.quantization.formats.compressed_tensors import compressed_tensors
 from hf_paged.quantization.formats.fp8 import Fp8
 from hf_paged.quantization.formats.gptq import Gptq
 from hf_paged.quantization.fp8 import FP8Linear, quantize_rows
+from hf_paged.quantization.kv_scales import attach_kv_scales
 from hf_paged.wrap import wrap
 
 logger = logging.getLogger(__name__)
@@ -31,11 +34,16 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
 }
 """By `quant_method`."""
 
+METHODS = (*FORMATS, bitsandbytes.METHOD)
+
+ON_THE_FLY = ("fp8", bitsandbytes.METHOD)
+"""What a checkpoint that is not quantised can become."""
+
 
 def load(
     path_or_id: str | Path,
     dtype: torch.dtype | str | None = None,
-    quantization: str | None = "auto",
+    quantization: Any = "auto",
     device: torch.device | str | int | None = None,
     *,
     config: EngineConfig | None = None,
@@ -46,16 +54,18 @@ def load(
 
     Quantised checkpoints are read here, not by transformers: AWQ (GEMM), GPTQ and compressed-tensors (pack-quantized),
     all of four bits, and FP8 as DeepSeek or compressed-tensors write it. Their linear layers become `W4Linear`s and
-    `FP8Linear`s, which have no gradient of their own, but pass it on; what `save_pretrained` writes of these nobody
-    reads. Checkpoints of bitsandbytes and other quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models
-    `wrap` takes as they are.
+    `FP8Linear`s, which have no gradient of their own, but pass it on, to PEFT's adapters for one; `save_pretrained`
+    refuses such a model. Those of bitsandbytes go through transformers and keep its layers. Checkpoints of other
+    quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models `wrap` takes as they are.
 
     Args:
         path_or_id: a folder with config.json and safetensors, or the name of such a repository on the hub.
         dtype: of activations and of weights that are not quantised. None: what the checkpoint's config says.
         quantization: "auto" keeps what the checkpoint is. None loads ordinary weights, dequantised where they are not.
-            "awq", "gptq", "compressed-tensors" and "fp8" say what it must be; "fp8" also quantises the linear layers of
-            one that is not quantised, with a scale per output, all but the last, which makes the logits.
+            "awq", "gptq", "compressed-tensors", "fp8" and "bitsandbytes" say what it must be. The last two also
+            quantise the linear layers of one that is not quantised, all but the last, which makes the logits: "fp8"
+            with a scale per output, "bitsandbytes" to NF4 with double quantisation, or as a
+            `transformers.BitsAndBytesConfig` in its place says.
         device: None: the current GPU where there is one, else the CPU.
         config, tokenizer, overrides: as for `wrap`.
 
@@ -66,37 +76,67 @@ def load(
         FileNotFoundError: no such checkpoint, or one of its files is missing.
         ValueError: a quantization that is not supported or not the checkpoint's; tensors that are missing, corrupt or
             of another shape.
+        ImportError: bitsandbytes is needed, and not installed.
         UnsupportedModelError: the model cannot be paged.
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
     dtype = _dtype(dtype)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if quantization not in (None, "auto", *FORMATS):
-        raise ValueError(f'quantization must be None, "auto" or one of {", ".join(FORMATS)}, got {quantization!r}')
+    wanted, as_config = _wanted(quantization)
     folder = _folder(path_or_id)
     found = _quantization_config(folder)
-    on_the_fly = quantization == "fp8" and found is None
-    if quantization not in (None, "auto") and not on_the_fly and (found is None or found[0] != quantization):
-        what = f"quantised with {found[0]}" if found else "not quantised"
+    method = found[0] if found else None
+    if method not in (None, *METHODS):
+        raise ValueError(
+            f"{folder} is quantised with {method!r}, and read here are {', '.join(METHODS)}: load it with "
+            "AutoModelForCausalLM.from_pretrained and give the model to hf_paged.wrap"
+        )
+    possible = (method,) if method is not None else ON_THE_FLY
+    if wanted not in (None, "auto", *possible) or (method is not None and as_config is not None):
+        what = "not quantised" if method is None else f"quantised with {method}"
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
-        if found is None:
-            model = _load_plain(folder, dtype)
-            if on_the_fly:
+        if found is not None and method in FORMATS:
+            model = _load_quantized(folder, *found, dtype, device, dequantized=wanted is None)
+        elif bitsandbytes.METHOD in (method, wanted):
+            if method is None and as_config is None:
+                as_config = bitsandbytes.nf4(dtype or _dtype_of(folder))
+            model = _from_pretrained(folder, dtype, **bitsandbytes.loading_options(device, as_config))
+            if wanted is None:
+                bitsandbytes.dequantize(model)
+        else:
+            model = _from_pretrained(folder, dtype)
+            if wanted == "fp8":
                 _quantize_linears(model, device)
             model.to(device)
-        else:
-            model = _load_quantized(folder, *found, dtype, device, dequantized=quantization is None)
     return wrap(model.eval(), engine_config, tokenizer=tokenizer)
 
 
-def _load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
+def _wanted(quantization: Any) -> tuple[str | None, Any]:
+    """(what `load` was asked for, a `BitsAndBytesConfig` if it was by one).
+
+    Raises:
+        ValueError: there is no such quantization.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(quantization, BitsAndBytesConfig):
+        return bitsandbytes.METHOD, quantization
+    if quantization is not None and quantization not in ("auto", *METHODS):
+        raise ValueError(
+            f'quantization must be None, "auto", one of {", ".join(METHODS)}, or a BitsAndBytesConfig; '
+            f"got {quantization!r}"
+        )
+    return quantization, None
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if any(folder.glob("*.safetensors*")):
         open_checkpoint(folder)  # says which file is truncated
     loading: Any = AutoModelForCausalLM.from_pretrained
-    model, report = loading(folder, dtype=dtype or "auto", output_loading_info=True)
+    model, report = loading(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ValueError(
             f"{folder} lacks tensors of {type(model).__name__}: {', '.join(sorted(report['missing_keys']))}"
@@ -129,12 +169,14 @@ def _load_quantized(
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
+    dtype = dtype or _dtype_of(folder)
     config.quantization_config = None if dequantized else options
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
     assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    attach_kv_scales(model, checkpoint, options)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     logger.info("%s: %d quantised linear layers", folder, len(plan.layers))
@@ -178,15 +220,17 @@ def _quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def _format(folder: Path, method: str, options: dict[str, Any]) -> Format:
-    if method not in FORMATS:
-        raise ValueError(
-            f"{folder} is quantised with {method!r}, and read here are {', '.join(FORMATS)}: load it with "
-            "AutoModelForCausalLM.from_pretrained and give the model to hf_paged.wrap"
-        )
     try:
         return FORMATS[method](options)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
+
+
+def _dtype_of(folder: Path) -> torch.dtype:
+    """What a checkpoint's config says of its weights."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder), "dtype", None) or torch.get_default_dtype()
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -17,7 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hf_paged.quantization.linear import QuantizedLinear
 
 CPU_GROUP_SIZES = (256, 128, 64, 32)
 """What torch's CPU operator takes."""
@@ -146,8 +148,8 @@ torch.library.register_autograd("hf_paged::w4_linear", _gradients, setup_context
 # ---- the layer -----------------------------------------------------------------------------------------------------
 
 
-class W4Linear(nn.Module):
-    """A linear layer over a weight of four bits. Its tensors are buffers: no optimizer finds them.
+class W4Linear(QuantizedLinear):
+    """A linear layer over a weight of four bits.
 
     Args:
         codes, scales, zeros, perm: as the module says.
@@ -155,11 +157,9 @@ class W4Linear(nn.Module):
         bias: `[N]` or None.
     """
 
-    codes: Tensor
     scales: Tensor
     zeros: Tensor
     perm: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -171,18 +171,11 @@ class W4Linear(nn.Module):
         perm: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.group_size = len(scales) * group_size, codes.shape[1], group_size
         tensors = {"codes": codes, "scales": scales, "zeros": zeros, "perm": perm, "bias": bias}
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        super().__init__(len(scales) * group_size, codes.shape[1], tensors)
+        self.group_size = group_size
         self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor] | None] | None = None
         """For a CPU: what the weight was when it was packed, and its packed copy, if it can be had."""
-
-    @property
-    def qweight(self) -> Tensor:
-        """The codes, by the name under which PEFT looks for a quantised layer's device."""
-        return self.codes
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]` in the dtype of x; under autocast in its dtype, as `F.linear`."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cases import Case, as_verification, cases, check, make_batch, make_case, make_shape
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_paged.attention.backend import LayerSpec
 from hf_paged.attention.torch_backend import TorchBackend
+from hf_paged.kernels import reference
 
 CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
 BFLOAT16 = {"rtol": 0.05, "atol": 0.05}
 """bfloat16 keeps 8 bits: a score of 4 is off by 1/64, and so is its weight; outputs are of size 1."""
 
@@ -31,6 +36,54 @@ def test_float32(case: Case) -> None:
 @given(case=cases(layout="HND", dtype=torch.bfloat16))
 def test_bfloat16(case: Case) -> None:
     check(TorchBackend(CPU), case, CPU, **BFLOAT16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases(layout="HND", max_layers=1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scales=st.tuples(*[st.sampled_from([1.0, 0.25, 3.0, 1000.0])] * 2),
+)
+def test_pools_of_float8(case: Case, dtype: torch.dtype, scales: tuple[float, float]) -> None:
+    """Rows are attended to as they are stored, those of a sequence's first chunk too."""
+    one = case.layers[0]
+    spec = replace(one.spec, key_scale=scales[0], value_scale=scales[1], scaling=one.spec.scaling / scales[0])
+    rows = [(x * scale).to(dtype) for x, scale in zip((one.key, one.value), scales, strict=True)]
+    # Garbage of strangers stays garbage; what is too large for FP8 is none of this test's.
+    pools = [pool.clamp(-400, 400).to(FP8) for pool in (one.key_pool, one.value_pool)]
+    backend, query = TorchBackend(CPU), one.query.to(dtype)
+    out = backend.run(backend.plan(case.batch, [spec]), spec, query, *rows, *pools, one.sinks)
+    real = []
+    for pool, new, scale in zip(pools, rows, scales, strict=True):
+        written = pool.view(torch.uint8).transpose(1, 2)[case.batch.write_pages, case.batch.write_offsets].view(FP8)
+        assert torch.equal(written.float(), (new.float() / scale).to(FP8).float())
+        real.append(pool.float() * scale)
+    expected = reference.paged_attention(
+        query.float(),
+        *real,
+        case.sequences,
+        layout="HND",
+        scaling=spec.scaling,
+        window=spec.window,
+        softcap=spec.softcap,
+        sinks=one.sinks,
+    )
+    limit = 1e-4 if dtype is torch.float32 else 0.06
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.float() / scales[1], expected / scales[1], rtol=limit, atol=limit)
+
+
+def test_float8_is_clamped_and_keeps_nan() -> None:
+    shape = make_shape(4, [], [(0, 3, 0, 0)], "dense", seed=0)
+    case = make_case(shape, [layer(key_scale=0.5)], layout="HND", dtype=torch.float32, seed=0, strangers=0.0)
+    one = case.layers[0]
+    key = torch.full_like(one.key, 1e4)
+    key[2] = torch.nan
+    pools = [pool.clamp(-400, 400).to(FP8) for pool in (one.key_pool, one.value_pool)]
+    backend = TorchBackend(CPU)
+    backend.run(backend.plan(case.batch, [one.spec]), one.spec, one.query, key, one.value, *pools, None)
+    written = pools[0].float().transpose(1, 2)[case.batch.write_pages, case.batch.write_offsets]
+    assert bool(written[:2].eq(448).all()) and bool(written[2].isnan().all())
 
 
 @pytest.mark.parametrize("order", ["dense", "shuffled", "scattered"])

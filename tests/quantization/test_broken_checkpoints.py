@@ -65,20 +65,19 @@ def test_wrong_tensors_are_named(what: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_quantised_experts_are_refused(tmp_path: Path) -> None:
-    mixture = make_model("Mixtral")
-    mixture.save_pretrained(tmp_path)
+def test_experts_that_are_quantised_as_they_are_stacked_are_refused(tmp_path: Path) -> None:
+    mixture = make_model("Qwen3Moe")
     write, config = awq()
-    change_config(tmp_path, quantization_config=config)
+    write_checkpoint(tmp_path, write, config, model=mixture)
 
     def quantize(tensors: dict[str, Any]) -> None:
-        for name in [name for name in tensors if ".w1.weight" in name or "q_proj.weight" in name]:
-            outputs, inputs = tensors.pop(name).shape
-            layer, _ = write(inputs, outputs, 0)
-            tensors.update({name.replace("weight", part): tensor for part, tensor in layer.items()})
+        for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+            del tensors[name]
+            layer, _ = write(64, 96, 0)
+            tensors.update({f"{name}.{part}": tensor for part, tensor in layer.items()})
 
     change_tensors(tmp_path, quantize)
-    with pytest.raises(ValueError, match=r"w1\.qweight.*Quantised experts of a mixture are not supported"):
+    with pytest.raises(ValueError, match=r"lacks.*gate_up_proj.*Experts are read where.*one by one"):
         load(tmp_path)
 
 
@@ -142,8 +141,8 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"hidden_size": 32, "head_dim": 16}, r"must have the shape"),
     "fp8": ({"quantization_config": DEEPSEEK_CONFIG}, "none of the model's linear layers has tensors of the format"),
     "a quantizer of transformers": (
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        r"quantised with 'bitsandbytes'.*from_pretrained.*hf_paged\.wrap",
+        {"quantization_config": {"quant_method": "hqq", "quant_config": {}}},
+        r"quantised with 'hqq'.*from_pretrained.*hf_paged\.wrap",
     ),
 }
 

@@ -104,7 +104,7 @@ def test_the_gradient_is_the_inputs_alone(block: Any) -> None:
 def test_the_operator_keeps_torchs_rules() -> None:
     layer, _ = make_layer(40, 24, (16, 16), bias=True)
     x = torch.randn(3, 40, requires_grad=True)
-    tensors = x, layer.weight, layer.scales, layer.bias, list(layer.block)
+    tensors = x, layer.codes, layer.scales, layer.bias, list(layer.block)
     # All but "test_schema", which compares tensors before and after in a way that torch has not for FP8.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.hf_paged.fp8_linear.default, tensors, test_utils=checks)
@@ -115,7 +115,7 @@ def test_another_dtype_is_of_activations(convert: Any) -> None:
     """Cast to it, the weight would be a weight of its scaled numbers."""
     layer, weight = make_layer(40, 24, (16, 16), bias=True)
     convert(layer)
-    assert layer.weight.dtype is E4M3 and layer.scales.dtype is torch.float32
+    assert layer.codes.dtype is E4M3 and layer.scales.dtype is torch.float32
     assert layer.bias is not None and layer.bias.dtype is not torch.float32
     torch.testing.assert_close(copy.deepcopy(layer).dequantize(torch.float32), weight, rtol=1e-6, atol=0)
 

@@ -93,7 +93,7 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
     keep = ("lm_head", "down_proj", "layers.1.self_attn.q_proj")
     meant = write_checkpoint(tmp_path, write, config | {"modules_to_not_convert": list(keep)}, keep=keep)
     model = load(tmp_path)
-    plain = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    plain = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     assert plain == {"lm_head", "model.layers.1.self_attn.q_proj"} | {
         f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)
     }
@@ -157,7 +157,7 @@ def test_fp8_on_the_fly(dtype: str, tmp_path: Path) -> None:
     for name, layer in layers.items():
         weight = meant.get_parameter(f"{name}.weight").detach()
         assert float((layer.dequantize(torch.float32) - weight).norm()) < 0.04 * float(weight.norm())
-        assert layer.weight.element_size() == 1 and layer.scales.shape == (layer.out_features, 1)
+        assert layer.codes.element_size() == 1 and layer.scales.shape == (layer.out_features, 1)
         assert (layer.bias is None) == (".mlp." in name)
     dequantised = load(tmp_path, dtype=dtype)
     for name, layer in layers.items():
@@ -210,29 +210,3 @@ def test_gradients_come_through_quantised_layers(tmp_path: Path) -> None:
     found, expected = (each.model.embed_tokens.weight.grad for each in (model, meant))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert float(expected.norm()) > 0
-
-
-@pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("name", ["awq", "fp8 in blocks"])
-def test_adapters_on_quantised_layers_are_trained_and_generate(name: str, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import Linear
-
-    write_checkpoint(tmp_path, *CHECKPOINTS[name])
-    options = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    options._register_custom_module({W4Linear: Linear, FP8Linear: Linear})
-    model = hf_paged.wrap(get_peft_model(load(tmp_path), options))
-    before = greedy_tokens(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    ids = torch.tensor(PROMPTS[2:])
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    after = greedy_tokens(model)
-    assert after != before and after == [stock_greedy(model, prompt, 12) for prompt in PROMPTS]

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
-from hf_paged.quantization.fp8 import FP8Linear
-from hf_paged.quantization.w4 import W4Linear, pack_codes
-
-QuantizedLinear = W4Linear | FP8Linear
+from hf_paged.quantization.linear import QuantizedLinear
+from hf_paged.quantization.w4 import pack_codes
 
 INT32 = frozenset({torch.int32})
 ONE: tuple[tuple[int, ...], ...] = ((), (1,))
