@@ -1,9 +1,10 @@
-"""What a checkpoint format says of a layer: its tensors, their shapes, and how they become a layer of ours."""
+"""What a checkpoint format says of a layer: its tensors, their shapes, how they become a layer of ours, and how a layer
+of ours becomes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from hf_paged.quantization.fp8 import FP8Linear
 from hf_paged.quantization.w4 import W4Linear, pack_nibbles, unpack_nibbles
 
 QuantizedLinear = W4Linear | FP8Linear
+Layer = TypeVar("Layer", bound=QuantizedLinear)
 
 INT32 = frozenset({torch.int32})
 ONE: tuple[tuple[int, ...], ...] = ((), (1,))
 """Shapes of a single number."""
 
 
-class Format(Protocol):
+class Format(Protocol[Layer]):
     """One way to write quantised linear layers, with the options of one checkpoint."""
 
     def holds(self, entries: Mapping[str, Entry]) -> bool:
@@ -32,7 +34,7 @@ class Format(Protocol):
             ValueError: a layer of such a size cannot be.
         """
 
-    def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+    def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> Layer:
         """A layer from tensors that are as `specs` says, on whatever device they are.
 
         Args:
@@ -40,6 +42,13 @@ class Format(Protocol):
 
         Raises:
             ValueError: what they hold is not possible.
+        """
+
+    def write(self, layer: Layer) -> dict[str, Tensor]:
+        """The inverse of `read`: a layer's tensors by the last part of their names, its bias aside.
+
+        Raises:
+            ValueError: the format has no words for such a layer.
         """
 
 
@@ -82,6 +91,19 @@ def require_words(features: int, what: str) -> None:
     """Raises ValueError unless a row of so many nibbles fills its words of eight."""
     if features % 8:
         raise ValueError(f"its {features} {what} must be a multiple of 8, which are packed into one word")
+
+
+def in_input_order(layer: W4Linear) -> tuple[Tensor, Tensor]:
+    """The inverse of `in_group_order`.
+
+    Returns:
+        (int32 `[K/8, N]`, packed along the inputs in their own order; int32 `[K]`, the group of every input).
+    """
+    groups = torch.arange(layer.in_features, device=layer.codes.device, dtype=torch.int32) // layer.group_size
+    if layer.perm is None:
+        return layer.codes, groups
+    back = layer.perm.argsort()
+    return pack_nibbles(unpack_nibbles(layer.codes)[back]), groups[back]
 
 
 def in_group_order(words: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
