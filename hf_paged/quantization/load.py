@@ -69,19 +69,19 @@ def load(
         UnsupportedModelError: the model cannot be paged.
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
-    dtype = _dtype(dtype)
+    dtype = parse_dtype(dtype)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if quantization not in (None, "auto", *FORMATS):
         raise ValueError(f'quantization must be None, "auto" or one of {", ".join(FORMATS)}, got {quantization!r}')
-    folder = _folder(path_or_id)
-    found = _quantization_config(folder)
+    folder = find_folder(path_or_id)
+    found = quantization_config(folder)
     on_the_fly = quantization == "fp8" and found is None
     if quantization not in (None, "auto") and not on_the_fly and (found is None or found[0] != quantization):
         what = f"quantised with {found[0]}" if found else "not quantised"
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is None:
-            model = _load_plain(folder, dtype)
+            model = load_plain(folder, dtype)
             if on_the_fly:
                 _quantize_linears(model, device)
             model.to(device)
@@ -90,7 +90,7 @@ def load(
     return wrap(model.eval(), engine_config, tokenizer=tokenizer)
 
 
-def _load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if any(folder.glob("*.safetensors*")):
@@ -141,7 +141,7 @@ def _load_quantized(
     return model
 
 
-def _folder(path_or_id: str | Path) -> Path:
+def find_folder(path_or_id: str | Path) -> Path:
     folder = Path(path_or_id)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -160,7 +160,7 @@ def _folder(path_or_id: str | Path) -> Path:
     return folder
 
 
-def _quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
+def quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """(method, options) of a checkpoint, None where it is not quantised.
 
     They are in config.json, and in quantize_config.json where an early GPTQ wrote them.
@@ -189,7 +189,7 @@ def _format(folder: Path, method: str, options: dict[str, Any]) -> Format:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
