@@ -18,6 +18,7 @@ from hf_paged.quantization.writers.gptq import gptq
 from hf_paged.quantization.writers.recipe import make_recipe
 from hf_paged.quantization.writers.rounding import round_to_fp8, round_to_grid, round_to_nearest
 
+ACT_ORDERS = [None, "group", "weight"]
 GROUP_SIZES = st.sampled_from([8, 32, 64, 128, -1])
 
 
@@ -83,27 +84,27 @@ def test_zeros_stay_zeros(symmetric: bool) -> None:
     size=GROUP_SIZES,
     outputs=st.integers(1, 16),
     symmetric=st.booleans(),
-    desc_act=st.booleans(),
+    act_order=st.sampled_from(ACT_ORDERS),
     seed=st.integers(0, 99),
 )
 def test_gptq_with_independent_inputs_is_round_to_nearest(
-    size: int, outputs: int, symmetric: bool, desc_act: bool, seed: int
+    size: int, outputs: int, symmetric: bool, act_order: str | None, seed: int
 ) -> None:
     """Then there is nothing that one input could mend of another."""
     weight = random(outputs, 128, seed)
     options: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": torch.float16}
     diagonal = torch.arange(128, 0, -1.0)  # in their order already, so that act-order has the same groups
-    found = gptq(weight, torch.diag(diagonal), size, desc_act=desc_act, **options).dequantize(torch.float32)
+    found = gptq(weight, torch.diag(diagonal), size, act_order=act_order, **options).dequantize(torch.float32)
     assert torch.equal(found, round_to_nearest(weight, size, **options).dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_gptq_errs_less_than_round_to_nearest(size: int, symmetric: bool, desc_act: bool) -> None:
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
+def test_gptq_errs_less_than_round_to_nearest(size: int, symmetric: bool, act_order: str | None) -> None:
     weight, gram = random(24, 256), gram_of(256)
     options: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": torch.float16}
-    layer = gptq(weight, gram, size, desc_act=desc_act, **options)
+    layer = gptq(weight, gram, size, act_order=act_order, **options)
     nearest = round_to_nearest(weight, size, **options)
     found = error(weight, layer.dequantize(torch.float32), gram)
     assert found < 0.5 * error(weight, nearest.dequantize(torch.float32), gram)
@@ -113,14 +114,21 @@ def test_gptq_errs_less_than_round_to_nearest(size: int, symmetric: bool, desc_a
 
 def test_act_order_rounds_the_largest_inputs_first() -> None:
     gram = gram_of(64)
-    layer = gptq(random(8, 64), gram, 32, symmetric=True, scale_dtype=torch.float16, desc_act=True)
+    layer = gptq(random(8, 64), gram, 32, symmetric=True, scale_dtype=torch.float16, act_order="group")
     assert torch.equal(layer.perm, gram.diagonal().argsort(descending=True, stable=True))
+
+
+def test_act_order_may_keep_the_groups() -> None:
+    weight = random(8, 64)
+    options: dict[str, Any] = {"symmetric": True, "scale_dtype": torch.float16}
+    layer = gptq(weight, gram_of(64), 32, act_order="weight", **options)
+    assert layer.perm is None and torch.equal(layer.scales, round_to_nearest(weight, 32, **options).scales)
 
 
 def test_gptq_leaves_its_arguments_alone() -> None:
     weight, gram = random(8, 64), gram_of(64)
     before = weight.clone(), gram.clone()
-    gptq(weight, gram, 32, symmetric=True, scale_dtype=torch.float16, desc_act=False)
+    gptq(weight, gram, 32, symmetric=True, scale_dtype=torch.float16)
     assert torch.equal(weight, before[0]) and torch.equal(gram, before[1])
 
 
@@ -128,14 +136,14 @@ def test_gptq_on_inputs_that_were_never_there() -> None:
     gram = gram_of(64)
     gram[:, 5] = gram[5] = 0
     weight = random(8, 64)
-    layer = gptq(weight, gram, -1, symmetric=True, scale_dtype=torch.float16, desc_act=False)
+    layer = gptq(weight, gram, -1, symmetric=True, scale_dtype=torch.float16)
     steps = layer.scales.T.float()
     assert ((layer.dequantize(torch.float32)[:, 5:6] - weight[:, 5:6]).abs() <= 1.01 * steps).all()
 
 
 def test_gptq_on_inputs_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        gptq(random(8, 32), torch.full((32, 32), torch.nan), 32, symmetric=True, scale_dtype=torch.half, desc_act=False)
+        gptq(random(8, 32), torch.full((32, 32), torch.nan), 32, symmetric=True, scale_dtype=torch.half)
 
 
 FORMATS = {
@@ -169,7 +177,7 @@ def test_what_is_written_is_read(
     if awq:
         layer = round_to_nearest(weight, size, **options)
     else:
-        layer = gptq(weight, gram_of(inputs, seed), size, desc_act=desc_act, **options)
+        layer = gptq(weight, gram_of(inputs, seed), size, act_order=recipe.act_order, **options)
     tensors = format.write(layer)
     specs = format.specs(inputs, 8 * words)
     assert tensors.keys() <= specs.keys()
@@ -200,7 +208,7 @@ def test_fp8_of_any_shape(to: str, inputs: int, outputs: int) -> None:
 
 def test_formats_refuse_what_they_have_no_words_for() -> None:
     options: dict[str, Any] = {"symmetric": False, "scale_dtype": torch.float16}
-    scattered = gptq(random(8, 64), gram_of(64), 32, desc_act=True, **options)
+    scattered = gptq(random(8, 64), gram_of(64), 32, act_order="group", **options)
     with pytest.raises(ValueError, match="act-order"):
         Awq({}).write(scattered)
     with pytest.raises(ValueError, match="zeros other than 8"):

@@ -18,7 +18,13 @@ BLOCK = 128
 
 
 def gptq(
-    weight: Tensor, gram: Tensor, group_size: int, *, symmetric: bool, scale_dtype: torch.dtype, desc_act: bool
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    act_order: str | None = None,
 ) -> W4Linear:
     """A weight in four bits, chosen so that what the layer computes changes least on the inputs that were seen.
 
@@ -26,7 +32,8 @@ def gptq(
         weight: `[N, K]`.
         gram: float32 `[K, K]`, the sum of `x x^T` over inputs: half the Hessian of the squared error of an output.
         group_size, symmetric, scale_dtype: as for `round_to_nearest`.
-        desc_act: round the inputs of the largest activations first (act-order). Groups are then scattered.
+        act_order: round the inputs of the largest activations first. "group" makes groups of inputs that follow one
+            another in that order, so that they are scattered; with "weight" they are those of the weight as it came.
 
     Raises:
         ValueError: the inputs were not finite.
@@ -34,28 +41,33 @@ def gptq(
     weight = weight.float().clone()
     inputs = weight.shape[1]
     size = inputs if group_size == -1 else group_size
-    perm = gram.diagonal().argsort(descending=True, stable=True) if desc_act else None
+    perm = gram.diagonal().argsort(descending=True, stable=True) if act_order else None
+    scales, zeros = fit_grid(weight, size, symmetric=symmetric, scale_dtype=scale_dtype)
+    groups = torch.arange(inputs, device=weight.device) // size
     if perm is not None:
         weight, gram = weight[:, perm], gram[perm][:, perm]
+        groups = groups[perm] if act_order == "weight" else groups
     factor = _inverse_factor(gram)
     step = math.gcd(size, BLOCK)
     codes = torch.empty_like(weight)
-    grids = []
     for start in range(0, inputs, step):
         end = start + step
-        if start % size == 0:  # all earlier updates have been applied to this group
+        if start % size == 0 and act_order != "weight":  # all earlier updates have been applied to this group
             group = weight[:, start : start + size]
-            grids.append(fit_grid(group, size, symmetric=symmetric, scale_dtype=scale_dtype))
-            scales, zeros = grids[-1]
+            found = fit_grid(group, size, symmetric=symmetric, scale_dtype=scale_dtype)
+            scales[:, start // size], zeros[:, start // size] = (part[:, 0] for part in found)
+        scale, zero = scales[:, groups[start:end]], zeros[:, groups[start:end]]
         block, errors = weight[:, start:end], torch.empty_like(weight[:, start:end])
         for i in range(step):
             row = factor[start + i, start + i : end]
             column = block[:, i : i + 1]
-            codes[:, start + i : start + i + 1] = chosen = to_codes(column, scales, zeros)
-            errors[:, i : i + 1] = error = (column - (chosen - zeros) * scales) / row[0]
+            s, z = scale[:, i : i + 1], zero[:, i : i + 1]
+            codes[:, start + i : start + i + 1] = chosen = to_codes(column, s, z)
+            errors[:, i : i + 1] = error = (column - (chosen - z) * s) / row[0]
             block[:, i:] -= error * row
         weight[:, end:] -= errors @ factor[start:end, end:]
-    scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+    if perm is not None and act_order == "weight":
+        codes, perm = codes[:, perm.argsort()], None
     return w4_linear(codes, scales, zeros, size, scale_dtype, perm)
 
 

@@ -99,7 +99,7 @@ def _quantize_layer(
             found[name] = round_to_fp8(weight, recipe.block)
         elif name in grams:
             try:
-                found[name] = gptq(weight, grams[name], recipe.group_size, desc_act=recipe.desc_act, **grid)
+                found[name] = gptq(weight, grams[name], recipe.group_size, act_order=recipe.act_order, **grid)
             except ValueError as error:
                 raise ValueError(f"{path}.{name} cannot be quantised: {error}") from error
         else:

@@ -60,7 +60,7 @@ def quantize(
         group_size: inputs that share a scale: a multiple of 8 that divides every layer's inputs, or -1 for all of an
             output. None: 128.
         symmetric: zero is code 8 everywhere. None: not for awq, and so for gptq and w4a16.
-        desc_act: GPTQ's act-order, for "gptq" and "w4a16".
+        desc_act: GPTQ's act-order: with "gptq" groups are scattered, with "w4a16" they stay as they are.
         calibration: a text file (.jsonl: an object with "text" per line), texts, or token ids `[samples, length]`.
             None: the model's own words at temperature 1, generated with hf_paged.
         samples, sequence_length: how much of it; tokens per sample.

@@ -46,6 +46,11 @@ class Recipe:
         return self.to in ("awq", "gptq", "w4a16")
 
     @property
+    def act_order(self) -> str | None:
+        """As `gptq` takes it: compressed-tensors has given up scattered groups."""
+        return None if not self.desc_act else "group" if self.to == "gptq" else "weight"
+
+    @property
     def block(self) -> tuple[int, int] | None:
         """Of FP8 in blocks."""
         return BLOCK if self.to == "fp8-block" else None
@@ -110,7 +115,7 @@ class Recipe:
                 "symmetric": self.symmetric,
                 "strategy": "group" if grouped else "channel",
                 "group_size": self.group_size if grouped else None,
-                "actorder": "group" if self.desc_act else None,
+                "actorder": self.act_order,
                 "dynamic": False,
             }
         else:
