@@ -158,7 +158,9 @@ def test_awq_folds_scales_where_the_model_does_not_notice(
             if ratio[0].std() > 1e-3 and (columns - columns[:, :1]).abs().max() < 1e-3 * columns.abs().max():
                 scaled.add(name.rpartition(".")[2])
     assert scaled == FOLDED[family]
-    said = " ".join(record.getMessage() for record in caplog.records if "without scales" in record.getMessage())
+    said = " ".join(
+        record.getMessage() for record in caplog.records if "only rounded to nearest" in record.getMessage()
+    )
     left = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     assert all((leaf in said) == (leaf not in FOLDED[family]) for leaf in left)
     torch.testing.assert_close(logits_of(hf_paged.load(out, device="cpu")), logits_of(model), rtol=1e-3, atol=1e-2)
@@ -289,6 +291,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "symmetric awq": ({"to": "awq", "symmetric": True}, ValueError, "asymmetric"),
     "an order without gptq": ({"to": "gptq", "method": "rtn", "desc_act": True}, ValueError, "the method is rtn"),
     "no samples": ({"to": "gptq", "samples": 0}, ValueError, "samples"),
+    "too long samples": (
+        {"to": "gptq", "group_size": 32, "calibration": None, "sequence_length": 999},
+        ValueError,
+        "256 positions",
+    ),
     "a dtype": ({"to": "fp8", "dtype": "int8"}, ValueError, "dtype must be"),
     "text without a tokenizer": ({"to": "awq", "group_size": 32, "calibration": ["a"]}, ValueError, "tokenizer="),
     "no text": ({"to": "awq", "group_size": 32, "calibration": [""]}, ValueError, "no text"),

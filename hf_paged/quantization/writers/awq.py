@@ -7,7 +7,6 @@ it was is not concluded from names, but tried.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from hf_paged.quantization.writers.layer_inputs import LayerCall, SharedInput
 from hf_paged.quantization.writers.rounding import round_to_grid
-
-logger = logging.getLogger(__name__)
 
 ALPHAS = tuple(step / 20 for step in range(20))
 """0, which is no scales at all, to 0.95."""
@@ -50,7 +47,7 @@ def scale_inputs(
     *,
     symmetric: bool,
     scale_dtype: torch.dtype,
-) -> list[str]:
+) -> set[str]:
     """Searches for scales and folds them into a decoder layer, in place.
 
     Args:
@@ -60,9 +57,9 @@ def scale_inputs(
         group_size, symmetric, scale_dtype: as for `round_to_nearest`.
 
     Returns:
-        the linear layers that nothing was found for.
+        the linear layers that have scales now. For the others there is nothing that would take them up.
     """
-    left: list[str] = []
+    scaled: set[str] = set()
     before = call(layer, hidden)
     for inputs in shared:
         for feeder in _feeders(layer, inputs):
@@ -71,12 +68,11 @@ def scale_inputs(
             _fold(layer, feeder, inputs.linears, scales)
             after = call(layer, hidden)
             if (after - before).norm() <= TOLERANCE * before.norm():
+                scaled.update(inputs.linears)
                 break
             for parameter, values in saved:
                 parameter.copy_(values)
-        else:
-            left += inputs.linears
-    return left
+    return scaled
 
 
 def _feeders(layer: nn.Module, inputs: SharedInput) -> Iterator[Feeder]:

@@ -87,11 +87,12 @@ def _quantize_layer(
         shared = watch_inputs(layer, call, hidden)
         if recipe.method == "gptq":
             grams = {name: inputs.gram for inputs in shared for name in inputs.linears}
+            served = set(grams)
         else:
             sample = hidden[0].to(next(layer.parameters()).device)
-            left = scale_inputs(layer, call, sample, shared, recipe.group_size, **grid)
-            if left:
-                logger.info("%s: rounded to nearest without scales, which nothing takes up: %s", path, ", ".join(left))
+            served = scale_inputs(layer, call, sample, shared, recipe.group_size, **grid)
+        if left := [name for name in linears if name not in served]:
+            logger.info("%s: only rounded to nearest, not by %s: %s", path, recipe.method, ", ".join(left))
     found: dict[str, QuantizedLinear] = {}
     for name in linears:
         weight = layer.get_parameter(f"{name}.weight")

@@ -63,6 +63,7 @@ def quantize(
         desc_act: GPTQ's act-order: with "gptq" groups are scattered, with "w4a16" they stay as they are.
         calibration: a text file (.jsonl: an object with "text" per line), texts, or token ids `[samples, length]`.
             None: the model's own words at temperature 1, generated with hf_paged.
+            "rtn" has no use for it.
         samples, sequence_length: how much of it; tokens per sample.
         dtype: of what is not quantised, and of scales (float16 where it is float32). None: the model's.
         device: for a model given by path: where it is loaded to, and computed. None: the current GPU where there is
@@ -99,6 +100,9 @@ def quantize(
         subject = make_subject(model, recipe.format())
         if texts is not None and tokenizer is None:
             raise ValueError("a calibration text needs the model's tokenizer: give one as tokenizer=")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if recipe.calibrated and limit is not None and sequence_length > limit and not isinstance(calibration, Tensor):
+            raise ValueError(f"the model has {limit} positions, less than sequence_length={sequence_length}")
         tokens = None
         if recipe.calibrated:
             if isinstance(calibration, Tensor):
