@@ -129,6 +129,5 @@ def test_gptq_beats_round_to_nearest(desc_act: bool, ratio: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_compressed_tensors_cost_what_gptq_costs(ratio: Any) -> None:
-    assert ratio("w4a16") == pytest.approx(ratio("gptq", desc_act=False), rel=1e-3)
+def test_asymmetric_gptq_in_compressed_tensors(ratio: Any) -> None:
     assert ratio("w4a16", symmetric=False) < 1.3
