@@ -4,6 +4,7 @@ from hf_paged.config import EngineConfig
 from hf_paged.model.introspect import UnsupportedModelError
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from hf_paged.quantization.load import load
+from hf_paged.quantization.writers.quantize import quantize
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.wrap import PagedGenerationMixin, unwrap, wrap
 
@@ -19,6 +20,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModelError",
     "load",
+    "quantize",
     "unwrap",
     "wrap",
 ]

@@ -1,4 +1,4 @@
-"""`hf-paged`: demo and benchmarks."""
+"""`hf-paged`: demo, quantised checkpoints and benchmarks."""
 
 from __future__ import annotations
 
@@ -32,6 +32,56 @@ def demo(
     from hf_paged.demo import run_demo
 
     _friendly(lambda: run_demo(console, out, compare=compare, max_tokens=max_tokens))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, the name of a repository on the hub, or smollm2.")],
+    to: Annotated[str, typer.Option(help="awq, gptq, w4a16 (compressed-tensors), fp8 or fp8-block.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How four-bit codes are chosen: awq, gptq or rtn (nearest). Default: awq for awq, else gptq."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; -1: all of an output. Default: 128.")
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Default: asymmetric for awq alone.")
+    ] = None,
+    desc_act: Annotated[bool, typer.Option("--desc-act", help="GPTQ in the order of activations (act-order).")] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='Text, or .jsonl with "text" in every line. Default: the model\'s own at temperature 1.'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what is not quantised: float32, bfloat16 or float16. Default: the model's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the model's own text.")] = 0,
+) -> None:
+    """Write a quantised checkpoint of a model, for hf_paged.load and others that read the format."""
+    from hf_paged.quantization.writers.quantize import quantize as write
+
+    def run() -> None:
+        subject: Any = model
+        tokenizer = None
+        if model == "smollm2":
+            from hf_paged.bench.models import load_smollm2
+
+            subject, tokenizer = load_smollm2()
+        write(
+            subject, to, out, tokenizer=tokenizer, method=method, group_size=group_size, symmetric=symmetric,
+            desc_act=desc_act, calibration=calibration, samples=samples, sequence_length=sequence_length, dtype=dtype,
+            device=device, seed=seed,
+        )  # fmt: skip
+        console.print(f"written: {out}")
+
+    _friendly(run, ValueError, FileExistsError)
 
 
 MODEL_HELP = (
@@ -247,6 +297,27 @@ def host(
     console.print(f"{requests:,} requests scheduled in {seconds:.1f} s, {steps:,} steps")
 
 
+@bench.command()
+def perplexity(
+    models: Annotated[list[str], typer.Argument(help="Folders, names on the hub, or smollm2; the first is 1.")],
+    text: Annotated[Path, typer.Option(help="What is predicted.")],
+    window: Annotated[int, typer.Option(min=2, help="Tokens of the pieces that it is cut into.")] = 512,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """How well models predict a text: what a quantised checkpoint lost."""
+    from hf_paged.bench import perplexity as report
+
+    _check_model(None, dtype, device)
+
+    def run() -> None:
+        result = report.run_perplexity(models, text, window=window, dtype=dtype, device=device, log=_log(as_json))
+        _show(result, report.as_table, as_json)
+
+    _friendly(run, ValueError)
+
+
 def _numbers(what: str, given: list[str], count: int | None = None) -> list[int]:
     if not all(number.isdecimal() and int(number) for number in given) or len(given) != (count or len(given)):
         raise typer.BadParameter(f"{what} must be positive numbers, got {given}")
@@ -301,12 +372,13 @@ def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Table], a
         console.print(as_table(result))
 
 
-def _friendly(run: object) -> None:
-    """Runs a command; what is missing is said in a line, and Ctrl-C ends it without a traceback."""
+def _friendly(run: object, *errors: type[Exception]) -> None:
+    """Runs a command; what is missing, and `errors`, are said in a line, and Ctrl-C ends it without a traceback."""
     assert callable(run)
+    said: tuple[type[Exception], ...] = (ImportError, FileNotFoundError, *errors)
     try:
         run()
-    except (ImportError, FileNotFoundError) as error:
+    except said as error:
         console.print(f"[red]error:[/red] {error}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:

@@ -80,11 +80,11 @@ def load(
         UnsupportedModelError: the model cannot be paged.
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
-    dtype = _dtype(dtype)
+    dtype = parse_dtype(dtype)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     wanted, as_config = _wanted(quantization)
-    folder = _folder(path_or_id)
-    found = _quantization_config(folder)
+    folder = find_folder(path_or_id)
+    found = quantization_config(folder)
     method = found[0] if found else None
     if method not in (None, *METHODS):
         raise ValueError(
@@ -101,11 +101,11 @@ def load(
         elif bitsandbytes.METHOD in (method, wanted):
             if method is None and as_config is None:
                 as_config = bitsandbytes.nf4(dtype or _dtype_of(folder))
-            model = _from_pretrained(folder, dtype, **bitsandbytes.loading_options(device, as_config))
+            model = load_plain(folder, dtype, **bitsandbytes.loading_options(device, as_config))
             if wanted is None:
                 bitsandbytes.dequantize(model)
         else:
-            model = _from_pretrained(folder, dtype)
+            model = load_plain(folder, dtype)
             if wanted == "fp8":
                 _quantize_linears(model, device)
             model.to(device)
@@ -130,7 +130,7 @@ def _wanted(quantization: Any) -> tuple[str | None, Any]:
     return quantization, None
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if any(folder.glob("*.safetensors*")):
@@ -183,7 +183,7 @@ def _load_quantized(
     return model
 
 
-def _folder(path_or_id: str | Path) -> Path:
+def find_folder(path_or_id: str | Path) -> Path:
     folder = Path(path_or_id)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -202,7 +202,7 @@ def _folder(path_or_id: str | Path) -> Path:
     return folder
 
 
-def _quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
+def quantization_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """(method, options) of a checkpoint, None where it is not quantised.
 
     They are in config.json, and in quantize_config.json where an early GPTQ wrote them.
@@ -233,7 +233,7 @@ def _dtype_of(folder: Path) -> torch.dtype:
     return getattr(AutoConfig.from_pretrained(folder), "dtype", None) or torch.get_default_dtype()
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")

@@ -53,6 +53,14 @@ def unpack_nibbles(words: Tensor) -> Tensor:
     return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(8)], dim=1).flatten(0, 1)
 
 
+def pack_nibbles(nibbles: Tensor) -> Tensor:
+    """The inverse of `unpack_nibbles`."""
+    words = torch.zeros(nibbles.shape[0] // 8, nibbles.shape[1], dtype=torch.int32, device=nibbles.device)
+    for i in range(8):
+        words |= nibbles[i::8].to(torch.int32) << 4 * i
+    return words
+
+
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
     """The weight `[N, K]` in the dtype of `scales`, its inputs in the order of the codes (where there is a `perm`, not
     their own)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
 from hf_paged.quantization.formats.base import INT32, group_size_of, num_groups, option, require_words
-from hf_paged.quantization.w4 import W4Linear, pack_codes
+from hf_paged.quantization.w4 import W4Linear, pack_codes, unpack_codes
 
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """Where in its word the nibble of an output stands."""
@@ -54,7 +54,24 @@ class Awq:
             pack_codes(nibbles.T), tensors["scales"].to(dtype), zeros, nibbles.shape[0] // len(zeros), bias=bias
         )
 
+    def write(self, layer: W4Linear) -> dict[str, Tensor]:
+        if layer.perm is not None:
+            raise ValueError("AWQ's groups are contiguous, and this layer's are scattered (act-order)")
+        return {
+            "qweight": _pack(unpack_codes(layer.codes, layer.in_features).T),
+            "qzeros": _pack(layer.zeros),
+            "scales": layer.scales,
+        }
+
 
 def _unpack(words: Tensor) -> Tensor:
     """int32 `[R, N/8]` -> uint8 `[R, N]`."""
     return torch.stack([(words >> shift & 15).to(torch.uint8) for shift in SHIFTS], dim=2).flatten(1)
+
+
+def _pack(nibbles: Tensor) -> Tensor:
+    """Integers `[R, N]` of 0 to 15 -> int32 `[R, N/8]`."""
+    words = torch.zeros(nibbles.shape[0], nibbles.shape[1] // 8, dtype=torch.int32, device=nibbles.device)
+    for place, shift in enumerate(SHIFTS):
+        words |= nibbles[:, place::8].to(torch.int32) << shift
+    return words

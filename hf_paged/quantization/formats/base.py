@@ -1,23 +1,26 @@
-"""What a checkpoint format says of a layer: its tensors, their shapes, and how they become a layer of ours."""
+"""What a checkpoint format says of a layer: its tensors, their shapes, how they become a layer of ours, and how a layer
+of ours becomes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_paged.quantization.checkpoint import Entry, TensorSpec
 from hf_paged.quantization.linear import QuantizedLinear
-from hf_paged.quantization.w4 import pack_codes
+from hf_paged.quantization.w4 import W4Linear, pack_codes, pack_nibbles, unpack_codes
+
+Layer = TypeVar("Layer", bound=QuantizedLinear)
 
 INT32 = frozenset({torch.int32})
 ONE: tuple[tuple[int, ...], ...] = ((), (1,))
 """Shapes of a single number."""
 
 
-class Format(Protocol):
+class Format(Protocol[Layer]):
     """One way to write quantised linear layers, with the options of one checkpoint."""
 
     def holds(self, entries: Mapping[str, Entry]) -> bool:
@@ -30,7 +33,7 @@ class Format(Protocol):
             ValueError: a layer of such a size cannot be.
         """
 
-    def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+    def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> Layer:
         """A layer from tensors that are as `specs` says, on whatever device they are.
 
         Args:
@@ -38,6 +41,13 @@ class Format(Protocol):
 
         Raises:
             ValueError: what they hold is not possible.
+        """
+
+    def write(self, layer: Layer) -> dict[str, Tensor]:
+        """The inverse of `read`: a layer's tensors by the last part of their names, its bias aside.
+
+        Raises:
+            ValueError: the format has no words for such a layer.
         """
 
 
@@ -80,6 +90,20 @@ def require_words(features: int, what: str) -> None:
     """Raises ValueError unless a row of so many nibbles fills its words of eight."""
     if features % 8:
         raise ValueError(f"its {features} {what} must be a multiple of 8, which are packed into one word")
+
+
+def in_input_order(layer: W4Linear) -> tuple[Tensor, Tensor]:
+    """The inverse of `in_group_order`.
+
+    Returns:
+        (int32 `[K/8, N]`, packed along the inputs in their own order; int32 `[K]`, the group of every input).
+    """
+    groups = torch.arange(layer.in_features, device=layer.codes.device, dtype=torch.int32) // layer.group_size
+    nibbles = unpack_codes(layer.codes, layer.in_features).T
+    if layer.perm is None:
+        return pack_nibbles(nibbles), groups
+    back = layer.perm.argsort()
+    return pack_nibbles(nibbles[back]), groups[back]
 
 
 def in_group_order(nibbles: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:

@@ -22,13 +22,14 @@ from hf_paged.quantization.formats.base import (
     Format,
     group_size_of,
     in_group_order,
+    in_input_order,
     num_groups,
     option,
     require_words,
 )
-from hf_paged.quantization.formats.fp8 import block_of, fp8_linear, holds_fp8, num_blocks
+from hf_paged.quantization.formats.fp8 import block_of, fp8_linear, holds_fp8, num_blocks, written_scales
 from hf_paged.quantization.fp8 import E4M3, FP8Linear
-from hf_paged.quantization.w4 import W4Linear, unpack_nibbles
+from hf_paged.quantization.w4 import W4Linear, pack_nibbles, unpack_nibbles
 
 
 def compressed_tensors(options: Mapping[str, Any]) -> Format:
@@ -101,6 +102,19 @@ class PackQuantized:
         codes, perm = in_group_order(nibbles, tensors.get("weight_g_idx"), group_size)
         return W4Linear(codes, scales.to(dtype), zeros, group_size, perm=perm, bias=bias)
 
+    def write(self, layer: W4Linear) -> dict[str, Tensor]:
+        words, groups = in_input_order(layer)
+        tensors = {
+            "weight_packed": words.T,
+            "weight_scale": layer.scales.T,
+            "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
+        }
+        if not self.symmetric:
+            tensors["weight_zero_point"] = pack_nibbles(layer.zeros.T)
+        elif not layer.zeros.eq(8).all():
+            raise ValueError("the format is symmetric, and this layer has zeros other than 8")
+        return tensors | ({"weight_g_idx": groups} if layer.perm is not None else {})
+
 
 class FloatQuantized:
     """FP8 with one scale, one per output, or one per block."""
@@ -127,3 +141,7 @@ class FloatQuantized:
 
     def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> FP8Linear:
         return fp8_linear(tensors["weight"], tensors["weight_scale"], self.block, bias)
+
+    def write(self, layer: FP8Linear) -> dict[str, Tensor]:
+        scales = written_scales(layer, self.block, single=self.strategy == "tensor")
+        return {"weight": layer.codes, "weight_scale": scales}

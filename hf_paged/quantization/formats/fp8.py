@@ -47,6 +47,9 @@ class Fp8:
     def read(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> FP8Linear:
         return fp8_linear(tensors["weight"], tensors[self.scale], self.block, bias)
 
+    def write(self, layer: FP8Linear) -> dict[str, Tensor]:
+        return {"weight": layer.codes, self.scale: written_scales(layer, self.block, single=self.block is None)}
+
 
 def holds_fp8(entries: Mapping[str, Entry]) -> bool:
     """Whether a layer's weight is in FP8, or has a scale."""
@@ -80,3 +83,18 @@ def fp8_linear(weight: Tensor, scales: Tensor, block: tuple[int, int] | None, bi
     if block is None:
         scales = scales.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()
     return FP8Linear(weight, scales, block, bias=bias)
+
+
+def written_scales(layer: FP8Linear, block: tuple[int, int] | None, *, single: bool) -> Tensor:
+    """A layer's scales as a checkpoint has them: one per block, one per output (block None), or a single one `[1]`.
+
+    Raises:
+        ValueError: the layer has others.
+    """
+    if layer.block != (block or (1, layer.in_features)):
+        raise ValueError(f"the format has a scale per {block or 'output'}, and this layer one per block {layer.block}")
+    if not single:
+        return layer.scales
+    if not layer.scales.eq(layer.scales[0]).all():
+        raise ValueError("the format has a single scale, and this layer's outputs have different ones")
+    return layer.scales[0]

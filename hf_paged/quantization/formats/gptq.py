@@ -17,11 +17,12 @@ from hf_paged.quantization.formats.base import (
     INT32,
     group_size_of,
     in_group_order,
+    in_input_order,
     num_groups,
     option,
     require_words,
 )
-from hf_paged.quantization.w4 import W4Linear, unpack_nibbles
+from hf_paged.quantization.w4 import W4Linear, pack_nibbles, unpack_nibbles
 
 
 class Gptq:
@@ -62,3 +63,13 @@ class Gptq:
         group_size = nibbles.shape[1] // len(zeros)
         codes, perm = in_group_order(nibbles, tensors.get("g_idx"), group_size)
         return W4Linear(codes, tensors["scales"].to(dtype), zeros, group_size, perm=perm, bias=bias)
+
+    def write(self, layer: W4Linear) -> dict[str, Tensor]:
+        words, groups = in_input_order(layer)
+        zeros = layer.zeros - 1 & 15 if self.version == 1 else layer.zeros
+        return {
+            "qweight": words,
+            "qzeros": pack_nibbles(zeros.T).T,
+            "scales": layer.scales,
+            "g_idx": groups,
+        }
