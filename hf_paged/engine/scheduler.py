@@ -64,7 +64,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self._num_waiting = 0
         self._arrivals = 0
-        self._admitted = False
+        self._prefilled = False
         self._configured = max_num_batched_tokens, max_num_seqs
         self._reset_pages(0)
 
@@ -83,8 +83,8 @@ class Scheduler:
 
     @property
     def growing(self) -> bool:
-        """Whether the last step let something in, and more is waiting."""
-        return self._admitted and self._num_waiting > 0
+        """Whether the last step computed prompts, and more is waiting."""
+        return self._prefilled and self._num_waiting > 0
 
     @property
     def num_available_pages(self) -> int:
@@ -186,7 +186,7 @@ class Scheduler:
         batch = Batch()
         budget = self.max_num_batched_tokens - len(self.running)  # one token of each is paid for in advance
         self._room_for_logits = self.max_prompt_logits
-        self._admitted = preempted = False
+        preempted = False
         for_drafts = self._budget_for_drafts(budget) if drafts else 0
         decodes, page_size, running = batch.decodes, self.page_size, self.running
         i = 0
@@ -231,6 +231,7 @@ class Scheduler:
             batch.decodes = [row for sequence in decodes for row in _with_draft(sequence, batch.drafts.get(sequence))]
         if not preempted:
             self._admit(budget, batch)
+        self._prefilled = bool(batch.chunks)
         batch.page_writes, self._page_writes = self._page_writes, []
         self.stats.peak_pages = max(self.stats.peak_pages, self.num_active_pages)
         return batch
@@ -417,7 +418,6 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             chunk = self._start(sequence, path, slots, budget)
-            self._admitted = True
             budget -= chunk.length
             batch.chunks.append(chunk)
             if (key := self._page_in_progress(chunk)) is not None:

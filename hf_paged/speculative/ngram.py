@@ -68,8 +68,12 @@ class NgramDrafter:
         tokens, places = sequence.tokens, index.places
         end = len(tokens)
         for size in self._sizes:
-            for place in range(max(index.num_tokens, size), end):
-                places[tuple(tokens[place - size : place])] = place
+            first = max(index.num_tokens, size)
+            if end - first == 1:
+                places[tuple(tokens[first - size : first])] = first
+            elif end > first:  # of a whole prompt, without a loop of the interpreter's
+                columns = (tokens[first - size + i : end - size + i] for i in range(size))
+                places.update(zip(zip(*columns, strict=True), range(first, end), strict=True))
         index.num_tokens = end
         for size in self._sizes:
             came_next = places.get(tuple(tokens[end - size :])) if size < end else None
