@@ -41,50 +41,58 @@ LEAST_TURNS = 4
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def _plane(j: int, base: str, kind: str) -> tl.constexpr:
-    """Machine code for plane j of two numbers: `$0 = (code - ($2 - base)) * $4`, where base + code is code in the
-    mantissa of base. $3 and $5 are $2 and $4 again, of the second number."""
-    shift = f"shr.b32 w, $1, {4 * j}" if j else "mov.b32 w, $1"
-    return tl.constexpr(
-        f"{{ .reg .b32 w; {shift}; lop3.b32 w, w, 0x000f000f, {base}, 0xEA;"
-        f" sub.rn.{kind} w, w, $2; mul.rn.{kind} $0, w, $4; }}"
-    )
+def _planes(base: str, kind: str, scale: str) -> tl.constexpr:
+    """Machine code for each plane of two numbers: `$0 = (code - (zero - base)) * scale`, where base + code is code in
+    the mantissa of base."""
+    shifts = ("mov.b32 w, $1", "shr.b32 w, $1, 4", "shr.b32 w, $1, 8", "shr.b32 w, $1, 12")
+    rest = f"lop3.b32 w, w, 0x000f000f, {base}, 0xEA; sub.rn.{kind} w, w, $2; mul.rn.{kind} $0, w, {scale};"
+    return tl.constexpr(tuple(f"{{ .reg .b32 w; {shift}; {rest} }}" for shift in shifts))
 
 
-BF16_0, BF16_1, BF16_2, BF16_3 = (_plane(j, "0x43004300", "bf16x2") for j in range(4))
-FP16_0, FP16_1, FP16_2, FP16_3 = (_plane(j, "0x64006400", "f16x2") for j in range(4))
+BF16, BF16_RAW = (_planes("0x43004300", "bf16x2", scale) for scale in ("$3", "$4"))
+FP16, FP16_RAW = (_planes("0x64006400", "f16x2", scale) for scale in ("$3", "$4"))
 
 # ---- the kernels -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _scales(scales, zeros, group, scale_stride, zero_stride, column):
-    """Of a group of inputs, or of several, and of columns, as they lie in memory: a scale of 16 bits, and a zero, in
-    32. Nothing is computed with them here, so that nobody waits for them here."""
+def _scales(scales, zeros, group, scale_stride, zero_stride, column, RAW: tl.constexpr):
+    """Of a group of inputs, or of several, and of columns. RAW: as they lie in memory, in registers of 32 bits of their
+    own, so that nothing is computed with them yet and nobody waits for them here."""
+    dtype: tl.constexpr = scales.dtype.element_ty
     scale = tl.load(scales + group * scale_stride + column)
-    if scales.dtype.element_ty != tl.float32:
-        scale = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return scale, tl.load(zeros + group * zero_stride + column).to(tl.uint32)
+    zero = tl.load(zeros + group * zero_stride + column)
+    if RAW:
+        return scale.to(tl.uint16, bitcast=True).to(tl.uint32), zero.to(tl.uint32)
+    elif INTERPRETED or dtype == tl.float32:
+        return scale, zero.to(dtype)
+    else:
+        base: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+        return scale, (zero.to(tl.uint16) | base).to(dtype, bitcast=True)
 
 
 @triton.jit
-def _weights(codes, scale, zero, j: tl.constexpr, dtype: tl.constexpr):
+def _weights(codes, scale, zero, j: tl.constexpr, dtype: tl.constexpr, RAW: tl.constexpr):
     """Plane j of `codes` `[columns, PLANE]` as weights; `scale` and `zero`, from `_scales`, broadcast to that."""
     if INTERPRETED or dtype == tl.float32:
-        if dtype != tl.float32:
-            scale = scale.to(tl.uint16).to(dtype, bitcast=True)
-        return ((codes >> 4 * j & 15).to(dtype) - zero.to(dtype)) * scale
-    else:
+        return ((codes >> 4 * j & 15).to(dtype) - zero) * scale
+    elif RAW:
         # Two of each side by side; the zero in the mantissa of the base.
+        base: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
         scale, _ = tl.broadcast(scale * 0x10001, codes)
+        zero, _ = tl.broadcast((zero | base) * 0x10001, codes)
+        raw: tl.constexpr = BF16_RAW if dtype == tl.bfloat16 else FP16_RAW
         if dtype == tl.bfloat16:
-            zero, _ = tl.broadcast((zero | 0x4300) * 0x10001, codes)
-            asm: tl.constexpr = BF16_0 if j == 0 else BF16_1 if j == 1 else BF16_2 if j == 2 else BF16_3
-            return tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", [codes, zero, scale], tl.bfloat16, True, 2)
+            return tl.inline_asm_elementwise(raw[j], "=r,r,r,r,r,r", [codes, zero, scale], tl.bfloat16, True, 2)
         else:
-            zero, _ = tl.broadcast((zero | 0x6400) * 0x10001, codes)
-            asm_16: tl.constexpr = FP16_0 if j == 0 else FP16_1 if j == 1 else FP16_2 if j == 2 else FP16_3
-            return tl.inline_asm_elementwise(asm_16, "=r,r,r,r,r,r", [codes, zero, scale], tl.float16, True, 2)
+            return tl.inline_asm_elementwise(raw[j], "=r,r,r,r,r,r", [codes, zero, scale], tl.float16, True, 2)
+    else:
+        scale, _ = tl.broadcast(scale, codes)
+        zero, _ = tl.broadcast(zero, codes)
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(BF16[j], "=r,r,r,r", [codes, zero, scale], tl.bfloat16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(FP16[j], "=r,r,r,r", [codes, zero, scale], tl.float16, True, 2)
 
 
 @triton.jit(do_not_specialize=["split_turns", "m"])
@@ -96,6 +104,8 @@ def _matmul(
 ):  # fmt: skip
     """A tile of rows and columns, over one part of the turns."""
     dtype: tl.constexpr = scales.dtype.element_ty
+    # Wide tiles wait for nothing else, and take 32 bits for that; narrow ones are faster with 16.
+    RAW: tl.constexpr = BLOCK_M >= 64 and dtype != tl.float32 and not INTERPRETED
     if OVERLAPS:
         gdc_launch_dependents()  # the kernel that adds the parts waits where it needs them
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -109,12 +119,12 @@ def _matmul(
     end = tl.minimum(begin + split_turns, turns)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     # One group per turn is the rule. Its scales are loaded a turn ahead, since nobody else would.
-    scale, zero = _scales(scales, zeros, begin * 128 // GROUP, scale_stride, zero_stride, near)
+    scale, zero = _scales(scales, zeros, begin * 128 // GROUP, scale_stride, zero_stride, near, RAW)
     for turn in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(code + turn * code_stride)  # fewer than 2^31 numbers
         if GROUP % 128 == 0:
             next_scale, next_zero = _scales(
-                scales, zeros, tl.minimum(turn + 1, turns - 1) * 128 // GROUP, scale_stride, zero_stride, near
+                scales, zeros, tl.minimum(turn + 1, turns - 1) * 128 // GROUP, scale_stride, zero_stride, near, RAW
             )
         for j in tl.static_range(4):
             first = turn * 128 + 32 * j
@@ -123,16 +133,18 @@ def _matmul(
             else:
                 a = tl.load(line + first, mask=(first + index < k)[:, None], other=0.0)
             if GROUP % 128 == 0:
-                weights = _weights(words, scale[:, None], zero[:, None], j, dtype)
+                weights = _weights(words, scale[:, None], zero[:, None], j, dtype, RAW)
             elif GROUP % 32 == 0:
                 one_scale, one_zero = _scales(
-                    scales, zeros, tl.minimum(first, k - 1) // GROUP, scale_stride, zero_stride, near
+                    scales, zeros, tl.minimum(first, k - 1) // GROUP, scale_stride, zero_stride, near, RAW
                 )
-                weights = _weights(words, one_scale[:, None], one_zero[:, None], j, dtype)
+                weights = _weights(words, one_scale[:, None], one_zero[:, None], j, dtype, RAW)
             else:
                 group = tl.minimum(first + index, k - 1) // GROUP
-                each_scale, each_zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near[:, None])
-                weights = _weights(words, each_scale, each_zero, j, dtype)
+                each_scale, each_zero = _scales(
+                    scales, zeros, group[None, :], scale_stride, zero_stride, near[:, None], RAW
+                )
+                weights = _weights(words, each_scale, each_zero, j, dtype, RAW)
             acc = tl.dot(weights, a, acc, input_precision="ieee")
         if GROUP % 128 == 0:
             scale, zero = next_scale, next_zero
@@ -149,6 +161,7 @@ def _dequantize(
     codes, scales, zeros, out, n, k, code_stride, scale_stride, zero_stride, GROUP: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     dtype: tl.constexpr = scales.dtype.element_ty
+    RAW: tl.constexpr = False
     turn, index = tl.program_id(0), tl.arange(0, 32)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(column, n - 1)[:, None]
@@ -159,10 +172,10 @@ def _dequantize(
         group = tl.minimum(inputs, k - 1) // GROUP
         if GROUP % 32 == 0:
             group = tl.min(group, 0)
-            scale, zero = _scales(scales, zeros, group, scale_stride, zero_stride, near)
+            scale, zero = _scales(scales, zeros, group, scale_stride, zero_stride, near, RAW)
         else:
-            scale, zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near)
-        weights = _weights(words, scale, zero, j, dtype)
+            scale, zero = _scales(scales, zeros, group[None, :], scale_stride, zero_stride, near, RAW)
+        weights = _weights(words, scale, zero, j, dtype, RAW)
         tl.store(line + inputs[None, :], weights, mask=(column < n)[:, None] & (inputs < k)[None, :])
 
 
