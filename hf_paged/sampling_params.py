@@ -47,6 +47,8 @@ class SamplingParams:
 
     n: int = 1
     """Samples per prompt. The prompt is computed once for all of them."""
+    best_of: int | None = None
+    """Samples drawn, of which the n with the highest cumulative log-probability come back; at least n. None: n."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens generated before; in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -97,6 +99,8 @@ class SamplingParams:
     functions get `(generated_ids, logits [V])` or, with three parameters, `(prompt_ids, generated_ids, logits [V])`."""
     priority: int = 0
     """Lower runs earlier."""
+    truncate_prompt_tokens: int | None = None
+    """Only this many tokens at the prompt's end are kept; -1 is as many as the model's length leaves room for."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -106,6 +110,16 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, low=1)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, low=1)
+            if self.best_of < self.n:
+                raise ValueError(
+                    f"best_of ({self.best_of}) samples are drawn and n ({self.n}) returned: give n or more"
+                )
+        if self.truncate_prompt_tokens is not None:
+            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, low=-1)
+            if self.truncate_prompt_tokens == 0:
+                raise ValueError("truncate_prompt_tokens must be positive or -1: of a prompt something must be left")
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -261,7 +275,8 @@ class SamplingParams:
         lost = [
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
-            + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed")
+            + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed", "best_of")
+            + ("truncate_prompt_tokens",)
             if getattr(self, name) not in (defaults[name], [], {})
         ]
         if self.max_tokens is None:  # without a length transformers would stop at its own default
@@ -284,6 +299,32 @@ class SamplingParams:
             if self.min_p:
                 said["min_p"] = self.min_p
         return GenerationConfig(**(said | overrides))
+
+
+@dataclass
+class BeamSearchParams:
+    """How `LLM.beam_search` searches. Field names and defaults are vLLM's.
+
+    Raises:
+        ValueError, TypeError: a field's value makes no sense.
+    """
+
+    beam_width: int
+    """Hypotheses followed, and returned."""
+    max_tokens: int
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence ids."""
+    temperature: float = 0.0
+    """Only 0: the search takes the likeliest."""
+    length_penalty: float = 1.0
+    """Hypotheses are ranked by their log-probability divided by their length to this power."""
+
+    def __post_init__(self) -> None:
+        _integer("beam_width", self.beam_width, low=1)
+        _integer("max_tokens", self.max_tokens, low=1)
+        _number("length_penalty", self.length_penalty, -math.inf, math.inf)
+        if self.temperature:
+            raise ValueError(f"beam search draws nothing: temperature must be 0, got {self.temperature!r}")
 
 
 _GENERATE_ONLY: dict[str, tuple[Any, ...]] = {

@@ -31,7 +31,8 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     Args:
         model: a transformers causal LM, or a PEFT, DDP or `torch.compile` wrapper around one.
         config: how to build the engine.
-        tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given.
+        tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given; False is
+            none at all.
         overrides: fields of `EngineConfig` to change.
 
     Returns:
@@ -47,7 +48,9 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         raise refuse(model, reason)
     already = model.__dict__.get("_hf_paged")
     base = config or (already.config if already else EngineConfig())
-    state = PagedState(base.with_changes(**overrides), tokenizer or (already.tokenizer if already else None))
+    if tokenizer is None and already is not None:
+        tokenizer = already.tokenizer
+    state = PagedState(base.with_changes(**overrides), tokenizer)
     if already is not None:
         already.drop_engine()
     lm = causal_lm(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from hf_paged.engine.executor import Executor
 from hf_paged.engine.intake import Intake, Prompt
@@ -164,6 +165,14 @@ class Engine(StepLoop):
     def reset_prefix_cache(self) -> None:
         """Forgets all cached pages before the next step."""
         self._ask(self._flush)
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Another tokenizer, for the requests from here on; those that are unfinished keep the text they have."""
+
+        def change() -> None:
+            self.intake.tokenizer = self.output_processor.tokenizer = tokenizer
+
+        self._ask(change)
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 

@@ -142,6 +142,8 @@ class Request:
             nothing is sampled, n is 1 and the request ends when their log-probabilities are known.
         speculation: how tokens are drafted for it; None is not at all.
         hooks: only from `generate`; then n must be 1.
+        asked: the parameters as they were given, where they are others than `sampling`: of its samples the best are
+            reported.
     """
 
     def __init__(
@@ -159,11 +161,13 @@ class Request:
         scored: list[int] | None = None,
         speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
+        asked: SamplingParams | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
+        self.asked = asked or sampling
         self.seed = seed
         self.max_tokens = max_tokens if max_tokens is not None else (sampling.max_tokens or 1)
         self.stop_token_ids = stop_token_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,6 +41,10 @@ def load(
     *,
     config: EngineConfig | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -51,13 +56,17 @@ def load(
     `wrap` takes as they are.
 
     Args:
-        path_or_id: a folder with config.json and safetensors, or the name of such a repository on the hub.
+        path_or_id: a folder with config.json and safetensors, the name of such a repository on the hub, or a GGUF file,
+            which is dequantised.
         dtype: of activations and of weights that are not quantised. None: what the checkpoint's config says.
         quantization: "auto" keeps what the checkpoint is. None loads ordinary weights, dequantised where they are not.
             "awq", "gptq", "compressed-tensors" and "fp8" say what it must be; "fp8" also quantises the linear layers of
             one that is not quantised, with a scale per output, all but the last, which makes the logits.
         device: None: the current GPU where there is one, else the CPU.
         config, tokenizer, overrides: as for `wrap`.
+        revision, token: of a repository on the hub: a branch, tag or commit, and what opens it.
+        trust_remote_code: run model code that comes with the checkpoint.
+        hf_overrides: fields of the model's configuration to change.
 
     Returns:
         the model, in eval mode.
@@ -73,7 +82,13 @@ def load(
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if quantization not in (None, "auto", *FORMATS):
         raise ValueError(f'quantization must be None, "auto" or one of {", ".join(FORMATS)}, got {quantization!r}')
-    folder = _folder(path_or_id)
+    options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
+    if Path(path_or_id).suffix == ".gguf":
+        if quantization not in (None, "auto"):
+            raise ValueError(f"a GGUF file is dequantised, and quantization={quantization!r} was asked for")
+        model = _load_gguf(Path(path_or_id), dtype, options).to(device)
+        return wrap(model.eval(), engine_config, tokenizer=tokenizer)
+    folder = _folder(path_or_id, revision, token)
     found = _quantization_config(folder)
     on_the_fly = quantization == "fp8" and found is None
     if quantization not in (None, "auto") and not on_the_fly and (found is None or found[0] != quantization):
@@ -81,22 +96,37 @@ def load(
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is None:
-            model = _load_plain(folder, dtype)
+            model = _load_plain(folder, dtype, options)
             if on_the_fly:
                 _quantize_linears(model, device)
             model.to(device)
         else:
-            model = _load_quantized(folder, *found, dtype, device, dequantized=quantization is None)
+            model = _load_quantized(folder, *found, dtype, device, options, dequantized=quantization is None)
     return wrap(model.eval(), engine_config, tokenizer=tokenizer)
 
 
-def _load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
+def _load_gguf(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"reading a GGUF needs {package}: pip install 'hf_paged[demo]'")
+    loading: Any = AutoModelForCausalLM.from_pretrained
+    model = loading(file.parent, gguf_file=file.name, dtype=dtype or torch.get_default_dtype(), **options)
+    if getattr(model, "is_quantized", False):  # its weights are not any more
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _load_plain(folder: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     if any(folder.glob("*.safetensors*")):
         open_checkpoint(folder)  # says which file is truncated
     loading: Any = AutoModelForCausalLM.from_pretrained
-    model, report = loading(folder, dtype=dtype or "auto", output_loading_info=True)
+    model, report = loading(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ValueError(
             f"{folder} lacks tensors of {type(model).__name__}: {', '.join(sorted(report['missing_keys']))}"
@@ -121,6 +151,7 @@ def _load_quantized(
     options: dict[str, Any],
     dtype: torch.dtype | None,
     device: torch.device,
+    loading: dict[str, Any],
     *,
     dequantized: bool,
 ) -> Any:
@@ -128,11 +159,12 @@ def _load_quantized(
 
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **loading)
     dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
     config.quantization_config = None if dequantized else options
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        trusted = bool(loading.get("trust_remote_code"))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     plan = plan_loading(model, checkpoint, format)
     assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
     if (folder / "generation_config.json").exists():
@@ -141,14 +173,14 @@ def _load_quantized(
     return model
 
 
-def _folder(path_or_id: str | Path) -> Path:
+def _folder(path_or_id: str | Path, revision: str | None, token: str | bool | None) -> Path:
     folder = Path(path_or_id)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
         try:
-            folder = Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+            folder = Path(snapshot_download(str(path_or_id), allow_patterns=patterns, revision=revision, token=token))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no checkpoint at {str(path_or_id)!r}: neither a folder nor a repository that can be had ({error})"
