@@ -7,6 +7,7 @@ from hf_paged.model.introspect import UnsupportedModelError
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from hf_paged.quantization.load import load
 from hf_paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from hf_paged.structured_outputs import StructuredOutputsParams
 from hf_paged.wrap import PagedGenerationMixin, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "UnsupportedModelError",

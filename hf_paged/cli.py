@@ -1,4 +1,4 @@
-"""`hf-paged`: demo and benchmarks."""
+"""`hf-paged`: server, demo and benchmarks."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ def demo(
     from hf_paged.demo import run_demo
 
     _friendly(lambda: run_demo(console, out, compare=compare, max_tokens=max_tokens))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve a model with OpenAI's API: hf-paged serve MODEL [options]; --help lists them."""
+    from hf_paged.integrations.openai_server.run import serve as run_server
+
+    def run() -> None:
+        try:
+            run_server(context.args)
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(str(error)) from error
+
+    _friendly(run)
 
 
 MODEL_HELP = (

@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from hf_paged.structured_outputs import GuidedDecodingParams as GuidedDecodingParams
+from hf_paged.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
@@ -94,6 +97,10 @@ class SamplingParams:
     """Only these token ids can be sampled."""
     bad_words: list[str] | None = None
     """Words that are never generated: the last token of each of their tokenizations is forbidden after the others."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What form the completion must have: JSON of a schema, a regular expression, one of several texts, a grammar."""
+    guided_decoding: StructuredOutputsParams | None = None
+    """Older name of `structured_outputs`, which it becomes."""
     logits_processors: list[Callable[..., Any]] | None = None
     """Called once per token, in order. transformers' `LogitsProcessor`s get `(input_ids [1, L], scores [1, V])`; plain
     functions get `(generated_ids, logits [V])` or, with three parameters, `(prompt_ids, generated_ids, logits [V])`."""
@@ -105,6 +112,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
+        self._check_form()
 
     # ---- checks --------------------------------------------------------------------------------------------
 
@@ -185,6 +193,16 @@ class SamplingParams:
                     raise TypeError(f"logits_processors must be callable, got {processor!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    def _check_form(self) -> None:
+        for name in ("structured_outputs", "guided_decoding"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, StructuredOutputsParams):
+                raise TypeError(f"{name} must be StructuredOutputsParams, got {value!r:.80}")
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise ValueError("guided_decoding is the older name of structured_outputs: give one of them")
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
 
     # ---- what follows from the fields ----------------------------------------------------------------------
 
@@ -276,7 +294,7 @@ class SamplingParams:
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
             + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed", "best_of")
-            + ("truncate_prompt_tokens",)
+            + ("truncate_prompt_tokens", "structured_outputs")
             if getattr(self, name) not in (defaults[name], [], {})
         ]
         if self.max_tokens is None:  # without a length transformers would stop at its own default

@@ -53,8 +53,9 @@ OURS = {
     "logprobs_mode": None,
     "truncate_prompt_tokens": None,
     "best_of": None,
+    "guided_decoding": None,
 }
-"""What vLLM says elsewhere (its logits processors and logprobs_mode belong to the engine, its priority to the call), and
+"""What vLLM says elsewhere (its logits processors and logprobs_mode are the engine's, its priority the call's), and
 what its older versions had."""
 
 
@@ -104,6 +105,8 @@ BAD_VALUES: list[tuple[str, list[Any]]] = [
     ("logit_bias", [[1], [(1, 2.0)], 5, {1: NAN}]),
     ("allowed_token_ids", [[], 5, ["1"], [1.0], [True], [-1]]),
     ("bad_words", [[""], [" "], "word", [1], ["ok", ""]]),
+    ("structured_outputs", [{"json": {}}, "json", 5]),
+    ("guided_decoding", [{"json": {}}, "json", 5]),
     ("logits_processors", [[1], [None], ["f"], lambda ids, logits: logits]),
     ("priority", [1.5, None, "0", True]),
 ]

@@ -83,6 +83,11 @@ class Engine(StepLoop):
         return bool(self._requests or self._inbox or self._unclaimed)
 
     @property
+    def num_unfinished(self) -> int:
+        """Requests, of whatever caller, that are not done."""
+        return len(self._ids)
+
+    @property
     def weight_version(self) -> int:
         """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
         while requests are unfinished, by a look at the weights when it gets work again. What is noticed and told of
@@ -189,6 +194,10 @@ class Engine(StepLoop):
             return
         for request in requests:
             self.scheduler.check(request)
+        self._claim_ids(requests)
+        self._inbox.append(lambda: self._add(requests, deliver))
+
+    def _claim_ids(self, requests: list[Request]) -> None:
         with self._adding:
             taken = self._ids.intersection(request.request_id for request in requests)
             if taken or len({request.request_id for request in requests}) < len(requests):
@@ -196,7 +205,6 @@ class Engine(StepLoop):
                     f"request id {sorted(taken)[0] if taken else requests[0].request_id!r} is in use already"
                 )
             self._ids.update(request.request_id for request in requests)
-        self._inbox.append(lambda: self._add(requests, deliver))
 
     def drive(self) -> bool:
         """Computes one step and hands its outputs to their readers. Returns False when there was nothing to compute."""

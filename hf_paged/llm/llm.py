@@ -213,7 +213,7 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation config says about sampling (unless `generation_config="vllm"`), and
         `SamplingParams`' defaults for the rest."""
-        return default_sampling_params(self.model, self.args)
+        return SamplingParams(**sampling_defaults(self.model, self.args))
 
     # ---- weights, memory, profiles -------------------------------------------------------------------------
 
@@ -316,14 +316,14 @@ class LLM:
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def default_sampling_params(model: Any, args: EngineArgs) -> SamplingParams:
-    """See `LLM.get_default_sampling_params`."""
+def sampling_defaults(model: Any, args: EngineArgs) -> dict[str, Any]:
+    """What a model's generation config says about sampling, as fields of SamplingParams."""
     config = getattr(causal_lm(model), "generation_config", None)
     if config is None or args.generation_config == "vllm":
-        return SamplingParams()
+        return {}
     given = {name: getattr(config, name, None) for name in SAMPLING_DEFAULTS}
     given["max_tokens"] = getattr(config, "max_new_tokens", None)
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _given(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:
