@@ -42,7 +42,8 @@ class SamplingParams:
     """How to sample from a model. Field names and defaults are vLLM's; every field is checked at construction.
 
     The order in which they act is transformers': logit_bias, repetition_penalty, presence and frequency penalties,
-    bad_words, min_tokens, allowed_token_ids, logits_processors, then temperature, top_k, top_p, min_p.
+    bad_words, min_tokens, allowed_token_ids, logits_processors, structured_outputs, then temperature, top_k, top_p,
+    min_p.
 
     Raises:
         ValueError, TypeError: a field's value makes no sense; the message names the field and what it takes.

@@ -19,7 +19,8 @@ class StructuredOutputsParams:
     """
 
     json: str | dict[str, Any] | Any | None = None
-    """A JSON schema, as text or a dict, or a pydantic model."""
+    """A JSON schema, as text or a dict, or a pydantic model. Objects have the properties that it names and no others,
+    and anything where it names none."""
     regex: str | None = None
     choice: list[str] | None = None
     """One of these texts."""
@@ -32,7 +33,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     """JSON without spaces and line breaks."""
     disable_additional_properties: bool = False
-    """Objects of a schema have no properties but those it names."""
+    """Nothing to switch: where a schema names properties there are no others."""
     whitespace_pattern: str | None = None
     """Not served; use `disable_any_whitespace`."""
     disable_fallback: bool = False

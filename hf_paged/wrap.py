@@ -187,9 +187,9 @@ class _WrapperMixin(PagedGenerationMixin):
     """For a wrapper around a causal LM (PEFT, DDP, `torch.compile`): what it does not do itself, the model inside
     does."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the wrapped model's `generate`."""
-        own = getattr(super(), "generate", None)
+        own = getattr(super(PagedSampling, self), "generate", None)
         return (own or causal_lm(self).generate)(*args, **kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from hf_paged.chat import render_chat
 from hf_paged.engine.request import Hooks, Request
+from hf_paged.sampling.structured import Form, FormCompiler
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,9 @@ class Intake:
         self._generator = None if seed is None else torch.Generator("cpu").manual_seed(seed % 2**63)
         self._numbers = itertools.count()
         self._said_greedy = False
+        self._compiling = threading.Lock()
+        self._forms: tuple[Any, FormCompiler] | None = None
+        """A tokenizer, and what compiles forms for it."""
 
     def request(
         self,
@@ -87,10 +93,14 @@ class Intake:
             room = min(room, max(1, self.pool_tokens - len(ids) + 1))
         self._check_sampling(sampling)
         asked, sampling = sampling, _drawn(sampling)
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids()
+        stop_token_ids = eos | frozenset(sampling.stop_token_ids or ())
+        form = None
+        if sampling.structured_outputs is not None:
+            form = self.compile_form(sampling.structured_outputs, stop_token_ids)
         seed = sampling.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu").item())
-        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids()
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
             ids,
@@ -98,12 +108,13 @@ class Intake:
             prompt=text,
             seed=seed % 2**64,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
+            stop_token_ids=stop_token_ids,
             bad_words=self._bad_words(sampling.bad_words or []),
             logprobs_mode=self.logprobs_mode,
             speculation=speculation or self.speculation,
             hooks=hooks,
             asked=asked,
+            form=form,
         )
 
     def scored_request(self, prompt: list[int], completion: list[int], temperature: float) -> Request:
@@ -132,6 +143,20 @@ class Intake:
         )
         name = f"request-{next(self._numbers)}"
         return Request(name, (prompt + completion)[:-1], sampling, scored=completion)
+
+    def compile_form(self, params: StructuredOutputsParams, stop_token_ids: frozenset[int]) -> Form:
+        """What completions must look like, compiled, or found where it was compiled before.
+
+        Raises:
+            ValueError: it is malformed, nothing can be of this form, or there is no tokenizer.
+            ImportError: xgrammar is not installed.
+        """
+        tokenizer = self.need_tokenizer("structured output")
+        with self._compiling:
+            if self._forms is None or self._forms[0] is not tokenizer:
+                self._forms = tokenizer, FormCompiler(tokenizer, self.vocab_size)
+            compiler = self._forms[1]
+        return compiler.compile(params, sorted(stop_token_ids))
 
     # ---- prompts -------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from hf_paged.engine.logprobs import LogprobHistory, TokenLogprobs
 if TYPE_CHECKING:
     from hf_paged.cache.prefix import Node
     from hf_paged.engine.output import SequenceText
+    from hf_paged.sampling.structured import Form, FormState
     from hf_paged.sampling_params import SamplingParams
     from hf_paged.speculative.config import SpeculativeConfig
 
@@ -51,6 +52,8 @@ class Sequence:
     """(version of the weights, the first generated token computed with it), in order."""
     text: SequenceText | None = None
     """Its text so far, where somebody reads along; the output processor's."""
+    form_state: FormState | None = None
+    """How far it has followed its request's form; the sampler's."""
     num_reported: int = 0
     """Generated tokens that a reader of deltas has been given."""
     end_reported: bool = False
@@ -144,6 +147,7 @@ class Request:
         hooks: only from `generate`; then n must be 1.
         asked: the parameters as they were given, where they are others than `sampling`: of its samples the best are
             reported.
+        form: what its completions must look like, compiled.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Request:
         speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
         asked: SamplingParams | None = None,
+        form: Form | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -183,6 +188,7 @@ class Request:
         """Log-probabilities of `scored`, as far as they are known."""
         self.speculation = speculation
         self.hooks = hooks
+        self.form = form
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
@@ -194,6 +200,7 @@ class Request:
             or sampling.allowed_token_ids is not None
             or sampling.logits_processors
             or hooks is not None
+            or form is not None
         )
         self.simple = untouched and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""

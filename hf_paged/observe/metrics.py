@@ -121,6 +121,17 @@ class EngineMetrics:
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ]
+        drafts = list(engine.speculator.stats.values())
+        if drafts:
+            counters += [
+                ("spec_decode_num_drafts", "Drafts verified.", sum(d.num_drafts for d in drafts)),
+                ("spec_decode_num_draft_tokens", "Tokens drafted.", sum(d.num_draft_tokens for d in drafts)),
+                (
+                    "spec_decode_num_accepted_tokens",
+                    "Drafted tokens taken.",
+                    sum(d.num_accepted_tokens for d in drafts),
+                ),
+            ]
         gauges = [
             ("num_requests_running", "Requests that run.", len(running)),
             ("num_requests_waiting", "Requests that wait.", max(unfinished - len(running), 0)),
