@@ -66,10 +66,18 @@ class AsyncEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, output)
 
-        self.engine.submit(requests, deliver)
         unfinished = {request.request_id for request in requests}
+        if taken := unfinished & self._waiting.keys():
+            raise ValueError(f"request id {sorted(taken)[0]!r} is in use already")
+        # Before the engine knows of them, lest a step of them fail and nobody be told.
+        self._waiting.update(dict.fromkeys(unfinished, (loop, queue)))
         try:
-            self._waiting.update(dict.fromkeys(unfinished, (loop, queue)))
+            self.engine.submit(requests, deliver)
+        except BaseException:
+            for request_id in unfinished:
+                self._waiting.pop(request_id, None)
+            raise
+        try:
             with self._wake:
                 self._wake.notify()
             while unfinished:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from speculative.drafters import Always
 from transformers import AutoModelForCausalLM
 
 import hf_paged
@@ -110,6 +111,7 @@ def test_drafts_change_no_token(tiny_checkpoint: str, model: Any) -> None:
         speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
         **OPTIONS,
     )
+    drafting.engine.speculator.pace = Always()
     found = drafting.generate_many(prompts, form)
     stats = drafting.engine.speculator.stats["ngram"]
     assert texts(found) == texts(expected)
