@@ -1,4 +1,4 @@
-"""`hf-paged`: demo, quantised checkpoints and benchmarks."""
+"""`hf-paged`: server, quantised checkpoints, demo and benchmarks."""
 
 from __future__ import annotations
 
@@ -82,6 +82,23 @@ def quantize(
         console.print(f"written: {out}")
 
     _friendly(run, ValueError, FileExistsError)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve a model with OpenAI's API: hf-paged serve MODEL [options]; --help lists them."""
+    from hf_paged.integrations.openai_server.run import serve as run_server
+
+    def run() -> None:
+        try:
+            run_server(context.args)
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(str(error)) from error
+
+    _friendly(run)
 
 
 MODEL_HELP = (

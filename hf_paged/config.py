@@ -89,6 +89,9 @@ class EngineConfig:
     ("processed_logprobs"), or after temperature alone ("scaled_logprobs"). A request's own
     `SamplingParams.logprobs_mode` goes before."""
 
+    seed: int | None = None
+    """Where requests without a seed get theirs from. None: torch's global generator."""
+
     speculative_config: Mapping[str, Any] | None = None
     """How tokens are drafted: `{"method": "ngram" | "suffix" | "draft_model" | "eagle3", "num_speculative_tokens": 5,
     ...}`. None: not at all."""
@@ -109,6 +112,8 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"
             )
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
         self._check_choices()
         self._check_exact()
         if self.calculate_kv_scales and self.kv_cache_dtype == "auto":

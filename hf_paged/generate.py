@@ -20,8 +20,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Hooks, Request, Sequence
 from hf_paged.model.introspect import UnsupportedModelError, why_unpageable
+from hf_paged.sampling.structured import StructuredLogitsProcessor
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.speculative.config import DEFAULT_TOKENS, SpeculativeConfig
+from hf_paged.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from hf_paged.state import PagedState
@@ -96,6 +98,33 @@ class PagedSampling:
                 **model_kwargs,
             )
         return call.run()
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, structured_outputs: StructuredOutputsParams | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`.
+
+        Args:
+            structured_outputs: what form the new text must have.
+
+        Raises:
+            ValueError: a form that is malformed, that nothing can have, or that could not end.
+        """
+        if structured_outputs is not None:
+            if not isinstance(structured_outputs, StructuredOutputsParams):
+                raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {structured_outputs!r:.80}")
+            form = self._paged_engine().intake.compile_form(structured_outputs, self._ends(kwargs))
+            given = kwargs.pop("logits_processor", None) or []
+            own = StructuredLogitsProcessor(structured_outputs, form)
+            kwargs["logits_processor"] = LogitsProcessorList([*given, own])
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _ends(self, kwargs: dict[str, Any]) -> frozenset[int]:
+        """The end-of-sequence ids that a call of `generate` has."""
+        for source in (kwargs, vars(kwargs.get("generation_config") or object), vars(self.generation_config)):  # type: ignore[attr-defined]
+            eos = source.get("eos_token_id")
+            if eos is not None:
+                return frozenset(int(token) for token in torch.as_tensor(eos).reshape(-1).tolist())
+        return frozenset()
 
     @functools.wraps(GenerationMixin._beam_search)
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +230,10 @@ class _Call:
         self._check(model_kwargs)
         width = input_ids.shape[1]
         padding = self._padding(model_kwargs)
-        own_processors, warpers = self._split_processors(list(processors))
+        forms = [p.params for p in processors if isinstance(p, StructuredLogitsProcessor)]
+        own_processors, warpers = self._split_processors(
+            [p for p in processors if not isinstance(p, StructuredLogitsProcessor)]
+        )
         max_length = min((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), default=None)
         eos = [int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.reshape(-1).tolist()]
         own = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
@@ -221,6 +253,7 @@ class _Call:
             stop_token_ids=eos,
             ignore_eos=True,  # which ids end a sequence is the criteria's to say
             detokenize=False,
+            structured_outputs=forms[0] if forms else None,
             output_kind=RequestOutputKind.FINAL_ONLY if streamer is None else RequestOutputKind.DELTA,
             **warpers,
         )

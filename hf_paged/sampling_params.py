@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from hf_paged.structured_outputs import GuidedDecodingParams as GuidedDecodingParams
+from hf_paged.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
@@ -39,7 +42,8 @@ class SamplingParams:
     """How to sample from a model. Field names and defaults are vLLM's; every field is checked at construction.
 
     The order in which they act is transformers': logit_bias, repetition_penalty, presence and frequency penalties,
-    bad_words, min_tokens, allowed_token_ids, logits_processors, then temperature, top_k, top_p, min_p.
+    bad_words, min_tokens, allowed_token_ids, logits_processors, structured_outputs, then temperature, top_k, top_p,
+    min_p.
 
     Raises:
         ValueError, TypeError: a field's value makes no sense; the message names the field and what it takes.
@@ -47,6 +51,8 @@ class SamplingParams:
 
     n: int = 1
     """Samples per prompt. The prompt is computed once for all of them."""
+    best_of: int | None = None
+    """Samples drawn, of which the n with the highest cumulative log-probability come back; at least n. None: n."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens generated before; in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -92,20 +98,37 @@ class SamplingParams:
     """Only these token ids can be sampled."""
     bad_words: list[str] | None = None
     """Words that are never generated: the last token of each of their tokenizations is forbidden after the others."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What form the completion must have: JSON of a schema, a regular expression, one of several texts, a grammar."""
+    guided_decoding: StructuredOutputsParams | None = None
+    """Older name of `structured_outputs`, which it becomes."""
     logits_processors: list[Callable[..., Any]] | None = None
     """Called once per token, in order. transformers' `LogitsProcessor`s get `(input_ids [1, L], scores [1, V])`; plain
     functions get `(generated_ids, logits [V])` or, with three parameters, `(prompt_ids, generated_ids, logits [V])`."""
     priority: int = 0
     """Lower runs earlier."""
+    truncate_prompt_tokens: int | None = None
+    """Only this many tokens at the prompt's end are kept; -1 is as many as the model's length leaves room for."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
+        self._check_form()
 
     # ---- checks --------------------------------------------------------------------------------------------
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, low=1)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, low=1)
+            if self.best_of < self.n:
+                raise ValueError(
+                    f"best_of ({self.best_of}) samples are drawn and n ({self.n}) returned: give n or more"
+                )
+        if self.truncate_prompt_tokens is not None:
+            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, low=-1)
+            if self.truncate_prompt_tokens == 0:
+                raise ValueError("truncate_prompt_tokens must be positive or -1: of a prompt something must be left")
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -171,6 +194,16 @@ class SamplingParams:
                     raise TypeError(f"logits_processors must be callable, got {processor!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    def _check_form(self) -> None:
+        for name in ("structured_outputs", "guided_decoding"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, StructuredOutputsParams):
+                raise TypeError(f"{name} must be StructuredOutputsParams, got {value!r:.80}")
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise ValueError("guided_decoding is the older name of structured_outputs: give one of them")
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
 
     # ---- what follows from the fields ----------------------------------------------------------------------
 
@@ -261,7 +294,8 @@ class SamplingParams:
         lost = [
             name
             for name in ("presence_penalty", "frequency_penalty", "allowed_token_ids", "bad_words", "logit_bias")
-            + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed")
+            + ("logits_processors", "logprobs", "prompt_logprobs", "logprobs_mode", "seed", "best_of")
+            + ("truncate_prompt_tokens", "structured_outputs")
             if getattr(self, name) not in (defaults[name], [], {})
         ]
         if self.max_tokens is None:  # without a length transformers would stop at its own default
@@ -284,6 +318,32 @@ class SamplingParams:
             if self.min_p:
                 said["min_p"] = self.min_p
         return GenerationConfig(**(said | overrides))
+
+
+@dataclass
+class BeamSearchParams:
+    """How `LLM.beam_search` searches. Field names and defaults are vLLM's.
+
+    Raises:
+        ValueError, TypeError: a field's value makes no sense.
+    """
+
+    beam_width: int
+    """Hypotheses followed, and returned."""
+    max_tokens: int
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence ids."""
+    temperature: float = 0.0
+    """Only 0: the search takes the likeliest."""
+    length_penalty: float = 1.0
+    """Hypotheses are ranked by their log-probability divided by their length to this power."""
+
+    def __post_init__(self) -> None:
+        _integer("beam_width", self.beam_width, low=1)
+        _integer("max_tokens", self.max_tokens, low=1)
+        _number("length_penalty", self.length_penalty, -math.inf, math.inf)
+        if self.temperature:
+            raise ValueError(f"beam search draws nothing: temperature must be 0, got {self.temperature!r}")
 
 
 _GENERATE_ONLY: dict[str, tuple[Any, ...]] = {

@@ -95,7 +95,7 @@ class PagedState:
     def _find_tokenizer(self, model: nn.Module) -> Any:
         if self.tokenizer is None:
             self.tokenizer = find_tokenizer(getattr(causal_lm(model).config, "_name_or_path", ""))
-        return self.tokenizer
+        return None if self.tokenizer is False else self.tokenizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedState:
         return PagedState(self.config, self.tokenizer)
@@ -133,6 +133,7 @@ def build_engine(
         eos_token_ids=functools.partial(_eos_token_ids, causal_lm(model), tokenizer),
         logprobs_mode=config.logprobs_mode,
         speculation=config.speculation,
+        seed=config.seed,
     )
     drafters: dict[SpeculativeConfig, Drafter] = {}
     if drafting is not None and executor.drafter is not None:

@@ -33,7 +33,8 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     Args:
         model: a transformers causal LM, or a PEFT, DDP or `torch.compile` wrapper around one.
         config: how to build the engine.
-        tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given.
+        tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given; False is
+            none at all.
         overrides: fields of `EngineConfig` to change.
 
     Returns:
@@ -49,7 +50,9 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         raise refuse(model, reason)
     already = model.__dict__.get("_hf_paged")
     base = config or (already.config if already else EngineConfig())
-    state = PagedState(base.with_changes(**overrides), tokenizer or (already.tokenizer if already else None))
+    if tokenizer is None and already is not None:
+        tokenizer = already.tokenizer
+    state = PagedState(base.with_changes(**overrides), tokenizer)
     if already is not None:
         already.drop_engine()
     lm = causal_lm(model)
@@ -202,9 +205,9 @@ class _WrapperMixin(PagedGenerationMixin):
     """For a wrapper around a causal LM (PEFT, DDP, `torch.compile`): what it does not do itself, the model inside
     does."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the wrapped model's `generate`."""
-        own = getattr(super(), "generate", None)
+        own = getattr(super(PagedSampling, self), "generate", None)
         return (own or causal_lm(self).generate)(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,3 +31,28 @@ def smollm2_tokenizer(smollm2_dir: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2_dir, gguf_file=SMOLLM2_FILE)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(smollm2_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny model of random weights and SmolLM2's tokenizer: what it says means nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(smollm2_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder

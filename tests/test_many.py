@@ -733,7 +733,7 @@ class InterruptAt:
             return None
         # Around a lock's `with` a trace function can raise where Python never looks for signals, on lines that no
         # handler covers (the NOP of a `try:`): what would be left there cannot happen.
-        if frame.f_code.co_name in ("_take_turn", "take"):
+        if frame.f_code.co_name in ("_take_turn", "take", "_claim_ids"):
             return self
         if event == "line":
             self.left -= 1

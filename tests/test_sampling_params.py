@@ -47,8 +47,16 @@ VLLM_DEFAULTS = {
 }
 """vLLM 0.33's fields; not all of them exist here."""
 
-OURS = {"logits_processors": None, "priority": 0, "logprobs_mode": None}
-"""What vLLM says elsewhere (its logits processors and logprobs_mode belong to the engine, its priority to the call)."""
+OURS = {
+    "logits_processors": None,
+    "priority": 0,
+    "logprobs_mode": None,
+    "truncate_prompt_tokens": None,
+    "best_of": None,
+    "guided_decoding": None,
+}
+"""What vLLM says elsewhere (its logits processors and logprobs_mode are the engine's, its priority the call's), and
+what its older versions had."""
 
 
 def test_defaults_are_vllms() -> None:
@@ -70,6 +78,8 @@ NAN, INF = float("nan"), float("inf")
 
 BAD_VALUES: list[tuple[str, list[Any]]] = [
     ("n", [0, -1, 1.0, True, None, "1"]),
+    ("best_of", [0, -1, 1.5, "2", True]),
+    ("truncate_prompt_tokens", [0, -2, 1.5, "2", True]),
     ("presence_penalty", [-2.1, 2.1, NAN, "0", None, True]),
     ("frequency_penalty", [-2.1, 2.1, NAN, "0", None, True]),
     ("repetition_penalty", [0.0, -1.0, NAN, INF, "1", None]),
@@ -95,6 +105,8 @@ BAD_VALUES: list[tuple[str, list[Any]]] = [
     ("logit_bias", [[1], [(1, 2.0)], 5, {1: NAN}]),
     ("allowed_token_ids", [[], 5, ["1"], [1.0], [True], [-1]]),
     ("bad_words", [[""], [" "], "word", [1], ["ok", ""]]),
+    ("structured_outputs", [{"json": {}}, "json", 5]),
+    ("guided_decoding", [{"json": {}}, "json", 5]),
     ("logits_processors", [[1], [None], ["f"], lambda ids, logits: logits]),
     ("priority", [1.5, None, "0", True]),
 ]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
+from hf_paged.engine.request import Request
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -42,30 +43,57 @@ class AsyncEngine:
             ValueError, TypeError: a bad prompt or parameter.
             RuntimeError: the engine is closed, or a step failed.
         """
+        request = self.engine.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        outputs = self.follow([request])
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+
+    async def follow(self, requests: list[Request]) -> AsyncIterator[RequestOutput]:
+        """As `generate`, for requests that `Engine.intake` made: their outputs, in the order in which they come.
+
+        Raises:
+            ValueError: a request that does not fit the pool, or whose id is in use.
+            RuntimeError: the engine is closed, or a step failed.
+        """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        request = self.engine.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException]()
-        self._waiting[request.request_id] = (loop, queue)
 
         def deliver(output: RequestOutput) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, output)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, output)
 
-        finished = False
+        unfinished = {request.request_id for request in requests}
+        if taken := unfinished & self._waiting.keys():
+            raise ValueError(f"request id {sorted(taken)[0]!r} is in use already")
+        # Before the engine knows of them, lest a step of them fail and nobody be told.
+        self._waiting.update(dict.fromkeys(unfinished, (loop, queue)))
         try:
-            self.engine.submit([request], deliver)
+            self.engine.submit(requests, deliver)
+        except BaseException:
+            for request_id in unfinished:
+                self._waiting.pop(request_id, None)
+            raise
+        try:
             with self._wake:
                 self._wake.notify()
-            while not finished:
+            while unfinished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
                     raise RuntimeError("a step of the engine failed") from output
-                finished = output.finished
+                if output.finished:
+                    unfinished.discard(output.request_id)
+                    self._waiting.pop(output.request_id, None)
                 yield output
         finally:
-            self._waiting.pop(request.request_id, None)
-            if not finished:
-                await asyncio.to_thread(self.engine.abort, request.request_id)
+            for request_id in unfinished:
+                self._waiting.pop(request_id, None)
+            if unfinished:
+                # The abort goes on even if this task is cancelled once more while it waits for it.
+                await asyncio.shield(loop.run_in_executor(None, self.engine.abort, list(unfinished)))
 
     async def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncIterator[str]:
         """The text of one sample, piece by piece; the pieces joined are its final text.

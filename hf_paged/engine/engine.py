@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from hf_paged.engine.executor import Executor
 from hf_paged.engine.intake import Intake, Prompt
@@ -80,6 +81,11 @@ class Engine(StepLoop):
     def has_unfinished(self) -> bool:
         """Whether any request, of whatever caller, is not done, or an output waits to be returned by `step`."""
         return bool(self._requests or self._inbox or self._unclaimed)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests, of whatever caller, that are not done."""
+        return len(self._ids)
 
     @property
     def weight_version(self) -> int:
@@ -165,6 +171,14 @@ class Engine(StepLoop):
         """Forgets all cached pages before the next step."""
         self._ask(self._flush)
 
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Another tokenizer, for the requests from here on; those that are unfinished keep the text they have."""
+
+        def change() -> None:
+            self.intake.tokenizer = self.output_processor.tokenizer = tokenizer
+
+        self._ask(change)
+
     # ---- for fronts ----------------------------------------------------------------------------------------
 
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
@@ -180,6 +194,10 @@ class Engine(StepLoop):
             return
         for request in requests:
             self.scheduler.check(request)
+        self._claim_ids(requests)
+        self._inbox.append(lambda: self._add(requests, deliver))
+
+    def _claim_ids(self, requests: list[Request]) -> None:
         with self._adding:
             taken = self._ids.intersection(request.request_id for request in requests)
             if taken or len({request.request_id for request in requests}) < len(requests):
@@ -187,7 +205,6 @@ class Engine(StepLoop):
                     f"request id {sorted(taken)[0] if taken else requests[0].request_id!r} is in use already"
                 )
             self._ids.update(request.request_id for request in requests)
-        self._inbox.append(lambda: self._add(requests, deliver))
 
     def drive(self) -> bool:
         """Computes one step and hands its outputs to their readers. Returns False when there was nothing to compute."""

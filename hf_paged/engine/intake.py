@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from hf_paged.chat import render_chat
 from hf_paged.engine.request import Hooks, Request
+from hf_paged.sampling.structured import Form, FormCompiler
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class Intake:
         eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
         logprobs_mode: for requests that name none.
         speculation: how tokens are drafted for requests that do not say.
+        seed: where requests without a seed get theirs from; None is torch's global generator.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Intake:
         eos_token_ids: Callable[[], frozenset[int]],
         logprobs_mode: str = "raw_logprobs",
         speculation: SpeculativeConfig | None = None,
+        seed: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -52,8 +58,12 @@ class Intake:
         self.eos_token_ids = eos_token_ids
         self.logprobs_mode = logprobs_mode
         self.speculation = speculation
+        self._generator = None if seed is None else torch.Generator("cpu").manual_seed(seed % 2**63)
         self._numbers = itertools.count()
         self._said_greedy = False
+        self._compiling = threading.Lock()
+        self._forms: tuple[Any, FormCompiler] | None = None
+        """A tokenizer, and what compiles forms for it."""
 
     def request(
         self,
@@ -71,6 +81,7 @@ class Intake:
             ValueError: an empty or too long prompt, ids outside the vocabulary, text without a tokenizer.
         """
         text, ids = self.tokenize(prompt)
+        ids = self._truncate(ids, sampling)
         self._check_ids(ids)
         room = self.max_model_len - len(ids)
         if room < 1:
@@ -81,8 +92,15 @@ class Intake:
         if sampling.max_tokens is None:
             room = min(room, max(1, self.pool_tokens - len(ids) + 1))
         self._check_sampling(sampling)
-        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
+        asked, sampling = sampling, _drawn(sampling)
         eos = frozenset() if sampling.ignore_eos else self.eos_token_ids()
+        stop_token_ids = eos | frozenset(sampling.stop_token_ids or ())
+        form = None
+        if sampling.structured_outputs is not None:
+            form = self.compile_form(sampling.structured_outputs, stop_token_ids)
+        seed = sampling.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu").item())
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
             ids,
@@ -90,11 +108,13 @@ class Intake:
             prompt=text,
             seed=seed % 2**64,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            stop_token_ids=eos | frozenset(sampling.stop_token_ids or ()),
+            stop_token_ids=stop_token_ids,
             bad_words=self._bad_words(sampling.bad_words or []),
             logprobs_mode=self.logprobs_mode,
             speculation=speculation or self.speculation,
             hooks=hooks,
+            asked=asked,
+            form=form,
         )
 
     def scored_request(self, prompt: list[int], completion: list[int], temperature: float) -> Request:
@@ -124,6 +144,20 @@ class Intake:
         name = f"request-{next(self._numbers)}"
         return Request(name, (prompt + completion)[:-1], sampling, scored=completion)
 
+    def compile_form(self, params: StructuredOutputsParams, stop_token_ids: frozenset[int]) -> Form:
+        """What completions must look like, compiled, or found where it was compiled before.
+
+        Raises:
+            ValueError: it is malformed, nothing can be of this form, or there is no tokenizer.
+            ImportError: xgrammar is not installed.
+        """
+        tokenizer = self.need_tokenizer("structured output")
+        with self._compiling:
+            if self._forms is None or self._forms[0] is not tokenizer:
+                self._forms = tokenizer, FormCompiler(tokenizer, self.vocab_size)
+            compiler = self._forms[1]
+        return compiler.compile(params, sorted(stop_token_ids))
+
     # ---- prompts -------------------------------------------------------------------------------------------
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -131,7 +165,7 @@ class Intake:
         if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, and a hot path
             return None, list(prompt)
         if isinstance(prompt, str):
-            return prompt, list(self._need_tokenizer("a text prompt")(prompt)["input_ids"])
+            return prompt, list(self.need_tokenizer("a text prompt")(prompt)["input_ids"])
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), self.tokenize(prompt["prompt_token_ids"])[1]
@@ -147,7 +181,7 @@ class Intake:
             return None, [int(i) for i in prompt.tolist()]
         if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
             if prompt and all(isinstance(part, Mapping) for part in prompt):
-                return self._apply_chat_template(list(prompt))
+                return render_chat(self.need_tokenizer("a chat"), list(prompt))  # type: ignore[arg-type]
             if all(isinstance(part, int | np.integer) and not isinstance(part, bool) for part in prompt):
                 return None, [int(part) for part in prompt]  # type: ignore[arg-type]
         raise TypeError(
@@ -158,24 +192,15 @@ class Intake:
     def tokenize_completion(self, completion: str | Sequence[int] | torch.Tensor | np.ndarray) -> list[int]:
         """Text, without the special tokens that a tokenizer begins a text with, or token ids."""
         if isinstance(completion, str):
-            return list(self._need_tokenizer("a text completion")(completion, add_special_tokens=False)["input_ids"])
+            return list(self.need_tokenizer("a text completion")(completion, add_special_tokens=False)["input_ids"])
         if isinstance(completion, torch.Tensor | np.ndarray) or (
             isinstance(completion, Sequence) and not any(isinstance(part, Mapping | str) for part in completion)
         ):
             return self.tokenize(completion)[1]
         raise TypeError(f"a completion must be a string or a list of token ids, got {_describe(completion)}")
 
-    def _apply_chat_template(self, messages: list[Any]) -> tuple[str, list[int]]:
-        for message in messages:
-            if "role" not in message:
-                raise ValueError(f'a chat message needs a "role", got keys {sorted(map(str, message))}')
-        tokenizer = self._need_tokenizer("a chat")
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template: give the prompt as text or token ids")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _need_tokenizer(self, what: str) -> Any:
+    def need_tokenizer(self, what: str) -> Any:
+        """The tokenizer, or a ValueError that says what needs one."""
         if self.tokenizer is None:
             raise ValueError(
                 f"{what} needs a tokenizer and none was found beside the model: give one with "
@@ -192,15 +217,22 @@ class Intake:
             bad = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise ValueError(f"token id {bad} in the {what} is outside the model's vocabulary of {self.vocab_size}")
 
-    def _check_sampling(self, sampling: SamplingParams) -> None:
+    def _truncate(self, ids: list[int], sampling: SamplingParams) -> list[int]:
+        """The end of a prompt, where sampling parameters say how much of it is wanted."""
         if not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, got {_describe(sampling)}")
+        kept = sampling.truncate_prompt_tokens
+        if kept is None:
+            return ids
+        return ids[-(max(self.max_model_len - (sampling.max_tokens or 1), 1) if kept < 0 else kept) :]
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
         for name, ids in sampling.token_ids().items():
             for token in ids:
                 if not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name}: token id {token} is outside the model's vocabulary of {self.vocab_size}")
         if sampling.stop_strings:
-            self._need_tokenizer("a stop string")
+            self.need_tokenizer("a stop string")
         if sampling.greedy and sampling.n > 1 and not self._said_greedy:
             self._said_greedy = True
             logger.warning("n=%d with temperature 0: the samples will all be the same", sampling.n)
@@ -209,12 +241,20 @@ class Intake:
         """Each word's tokenizations, alone and after a space."""
         found = []
         for word in words:
-            tokenizer = self._need_tokenizer("bad_words")
+            tokenizer = self.need_tokenizer("bad_words")
             for text in (word, " " + word.lstrip()):
                 ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _drawn(sampling: SamplingParams) -> SamplingParams:
+    """`best_of` as a number of samples, with the log-probabilities to choose by; the choice is made at the end."""
+    if sampling.best_of in (None, sampling.n):
+        return sampling
+    logprobs = sampling.logprobs or 0
+    return sampling.clone(n=sampling.best_of, best_of=None, logprobs=logprobs, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def _describe(value: Any) -> str:

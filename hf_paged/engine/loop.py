@@ -53,6 +53,8 @@ class StepLoop:
         self.stats = EngineStats()
         self.observers: list[Callable[[StepRecord], None]] = []
         """Called after every step, in the thread that computed it."""
+        self.request_observers: list[Callable[[Request], None]] = []
+        """Called with every request that has ended, in the thread that saw its end."""
         self._requests: dict[str, tuple[Request, Deliver | None]] = {}
         self._unclaimed: list[RequestOutput] = []
         self._ids: set[str] = set()
@@ -269,6 +271,8 @@ class StepLoop:
                 self._ids.discard(request.request_id)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
+                for observer in self.request_observers:
+                    observer(request)
         if self.gate.closed:
             self.gate.notify()
 

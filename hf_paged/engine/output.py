@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,6 +106,13 @@ class SequenceText:
         return 0
 
 
+def choose_best(output: RequestOutput, asked: SamplingParams) -> RequestOutput:
+    """What is left of the samples that were drawn for `best_of`: the n likeliest, likeliest first."""
+    ranked = sorted(output.outputs, key=lambda sample: -(sample.cumulative_logprob or 0.0))[: asked.n]
+    hidden: dict[str, Any] = {} if asked.logprobs is not None else {"logprobs": None, "cumulative_logprob": None}
+    return replace(output, outputs=[replace(sample, index=i, **hidden) for i, sample in enumerate(ranked)])
+
+
 class OutputProcessor:
     """Turns sampled tokens into finished sequences and outputs.
 
@@ -156,7 +164,7 @@ class OutputProcessor:
         completions = [self._completion(sequence, delta, with_text) for sequence in request.sequences]
         if delta:
             completions = [c for c in completions if c is not None]
-        return RequestOutput(
+        output = RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
@@ -167,6 +175,7 @@ class OutputProcessor:
             num_cached_tokens=request.num_cached_tokens,
             error=request.error,
         )
+        return output if request.asked is request.sampling else choose_best(output, request.asked)
 
     def _completion(self, sequence: Sequence, delta: bool, with_text: bool) -> CompletionOutput | None:
         start = sequence.num_reported if delta else 0

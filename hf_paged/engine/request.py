@@ -12,6 +12,7 @@ from hf_paged.engine.logprobs import LogprobHistory, TokenLogprobs
 if TYPE_CHECKING:
     from hf_paged.cache.prefix import Node
     from hf_paged.engine.output import SequenceText
+    from hf_paged.sampling.structured import Form, FormState
     from hf_paged.sampling_params import SamplingParams
     from hf_paged.speculative.config import SpeculativeConfig
 
@@ -51,6 +52,8 @@ class Sequence:
     """(version of the weights, the first generated token computed with it), in order."""
     text: SequenceText | None = None
     """Its text so far, where somebody reads along; the output processor's."""
+    form_state: FormState | None = None
+    """How far it has followed its request's form; the sampler's."""
     num_reported: int = 0
     """Generated tokens that a reader of deltas has been given."""
     end_reported: bool = False
@@ -142,6 +145,9 @@ class Request:
             nothing is sampled, n is 1 and the request ends when their log-probabilities are known.
         speculation: how tokens are drafted for it; None is not at all.
         hooks: only from `generate`; then n must be 1.
+        asked: the parameters as they were given, where they are others than `sampling`: of its samples the best are
+            reported.
+        form: what its completions must look like, compiled.
     """
 
     def __init__(
@@ -159,11 +165,14 @@ class Request:
         scored: list[int] | None = None,
         speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
+        asked: SamplingParams | None = None,
+        form: Form | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
+        self.asked = asked or sampling
         self.seed = seed
         self.max_tokens = max_tokens if max_tokens is not None else (sampling.max_tokens or 1)
         self.stop_token_ids = stop_token_ids
@@ -179,6 +188,7 @@ class Request:
         """Log-probabilities of `scored`, as far as they are known."""
         self.speculation = speculation
         self.hooks = hooks
+        self.form = form
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
@@ -190,6 +200,7 @@ class Request:
             or sampling.allowed_token_ids is not None
             or sampling.logits_processors
             or hooks is not None
+            or form is not None
         )
         self.simple = untouched and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,10 @@ def load(
     *,
     config: EngineConfig | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    hf_overrides: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -59,7 +64,8 @@ def load(
     quantizers are for `AutoModelForCausalLM.from_pretrained`, whose models `wrap` takes as they are.
 
     Args:
-        path_or_id: a folder with config.json and safetensors, or the name of such a repository on the hub.
+        path_or_id: a folder with config.json and safetensors, the name of such a repository on the hub, or a GGUF file,
+            which is dequantised.
         dtype: of activations and of weights that are not quantised. None: what the checkpoint's config says.
         quantization: "auto" keeps what the checkpoint is. None loads ordinary weights, dequantised where they are not.
             "awq", "gptq", "compressed-tensors", "fp8" and "bitsandbytes" say what it must be. The last two also
@@ -68,6 +74,9 @@ def load(
             `transformers.BitsAndBytesConfig` in its place says.
         device: None: the current GPU where there is one, else the CPU.
         config, tokenizer, overrides: as for `wrap`.
+        revision, token: of a repository on the hub: a branch, tag or commit, and what opens it.
+        trust_remote_code: run model code that comes with the checkpoint.
+        hf_overrides: fields of the model's configuration to change.
 
     Returns:
         the model, in eval mode.
@@ -83,7 +92,13 @@ def load(
     dtype = parse_dtype(dtype)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     wanted, as_config = _wanted(quantization)
-    folder = find_folder(path_or_id)
+    options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
+    if Path(path_or_id).suffix == ".gguf":
+        if wanted not in (None, "auto"):
+            raise ValueError(f"a GGUF file is dequantised, and quantization={quantization!r} was asked for")
+        model = _load_gguf(Path(path_or_id), dtype, options).to(device)
+        return wrap(model.eval(), engine_config, tokenizer=tokenizer)
+    folder = find_folder(path_or_id, revision, token)
     found = quantization_config(folder)
     method = found[0] if found else None
     if method not in (None, *METHODS):
@@ -97,15 +112,15 @@ def load(
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is not None and method in FORMATS:
-            model = _load_quantized(folder, *found, dtype, device, dequantized=wanted is None)
+            model = _load_quantized(folder, *found, dtype, device, options, dequantized=wanted is None)
         elif bitsandbytes.METHOD in (method, wanted):
             if method is None and as_config is None:
-                as_config = bitsandbytes.nf4(dtype or _dtype_of(folder))
-            model = load_plain(folder, dtype, **bitsandbytes.loading_options(device, as_config))
+                as_config = bitsandbytes.nf4(dtype or _dtype_of(_config(folder, options)))
+            model = load_plain(folder, dtype, **options, **bitsandbytes.loading_options(device, as_config))
             if wanted is None:
                 bitsandbytes.dequantize(model)
         else:
-            model = load_plain(folder, dtype)
+            model = load_plain(folder, dtype, **options)
             if wanted == "fp8":
                 _quantize_linears(model, device)
             model.to(device)
@@ -128,6 +143,21 @@ def _wanted(quantization: Any) -> tuple[str | None, Any]:
             f"got {quantization!r}"
         )
     return quantization, None
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"reading a GGUF needs {package}: pip install 'hf_paged[demo]'")
+    loading: Any = AutoModelForCausalLM.from_pretrained
+    model = loading(file.parent, gguf_file=file.name, dtype=dtype or torch.get_default_dtype(), **options)
+    if getattr(model, "is_quantized", False):  # its weights are not any more
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
 
 
 def load_plain(folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
@@ -161,18 +191,20 @@ def _load_quantized(
     options: dict[str, Any],
     dtype: torch.dtype | None,
     device: torch.device,
+    loading: dict[str, Any],
     *,
     dequantized: bool,
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or _dtype_of(folder)
+    config = _config(folder, loading)
+    dtype = dtype or _dtype_of(config)
     config.quantization_config = None if dequantized else options
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        trusted = bool(loading.get("trust_remote_code"))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
     assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
@@ -183,14 +215,14 @@ def _load_quantized(
     return model
 
 
-def find_folder(path_or_id: str | Path) -> Path:
+def find_folder(path_or_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     folder = Path(path_or_id)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
         try:
-            folder = Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+            folder = Path(snapshot_download(str(path_or_id), allow_patterns=patterns, revision=revision, token=token))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no checkpoint at {str(path_or_id)!r}: neither a folder nor a repository that can be had ({error})"
@@ -226,11 +258,15 @@ def _format(folder: Path, method: str, options: dict[str, Any]) -> Format:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
 
-def _dtype_of(folder: Path) -> torch.dtype:
-    """What a checkpoint's config says of its weights."""
+def _config(folder: Path, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder), "dtype", None) or torch.get_default_dtype()
+    return AutoConfig.from_pretrained(folder, **options)
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    """What a checkpoint's config says of its weights."""
+    return getattr(config, "dtype", None) or torch.get_default_dtype()
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from hf_paged.sampling import processors
 from hf_paged.sampling.draw import draw, filter_logits, uniforms
 from hf_paged.sampling.fused import rows_of
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
+from hf_paged.sampling.structured import forbid_others
 from hf_paged.sampling_params import GREEDY_BELOW
 
 
@@ -105,6 +106,7 @@ class Sampler:
             else:
                 if changed is not logits[row]:
                     logits[row] = changed
+        forbid_others(logits, sequences, errors)
         return logits
 
     def _set_aside(

@@ -197,3 +197,15 @@ def test_closing_in_a_pause(model: Any) -> None:
     asyncio.run(main())
     model.engine.resume()
     assert not model.engine.has_unfinished()
+
+
+def test_an_id_in_use_disturbs_nobody(model: Any) -> None:
+    async def scene(engine: AsyncEngine) -> None:
+        first = engine.generate(PROMPTS[0], GREEDY, request_id="mine")
+        await anext(first)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="in use"):
+            await anext(engine.generate(PROMPTS[1], GREEDY, request_id="mine"))  # type: ignore[arg-type]
+        last = [output async for output in first][-1]
+        assert last.outputs[0].finish_reason == "length"
+
+    play(model.engine, scene)

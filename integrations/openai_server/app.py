@@ -1,0 +1,166 @@
+"""The ASGI application: which path does what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+
+import hf_paged
+from hf_paged.engine.async_engine import AsyncEngine
+from hf_paged.integrations.openai_server.chat import create_chat_completion, render
+from hf_paged.integrations.openai_server.completions import create_completion
+from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
+from hf_paged.integrations.openai_server.events import Disconnected
+from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
+from hf_paged.integrations.openai_server.options import ServerOptions
+from hf_paged.integrations.openai_server.prometheus import exposition
+from hf_paged.integrations.openai_server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
+from hf_paged.integrations.openai_server.responses import create_response
+from hf_paged.integrations.openai_server.serving import Serving
+from hf_paged.observe.metrics import EngineMetrics
+
+
+def make_app(
+    model: Any, options: ServerOptions | None = None, *, defaults: dict[str, Any] | None = None, name: str | None = None
+) -> FastAPI:
+    """An ASGI application that serves a model.
+
+    Args:
+        model: wrapped.
+        options: of the server; host, port and TLS are for whoever runs the application.
+        defaults: sampling parameters where clients say nothing.
+        name: the model's, where the options name none.
+    """
+    options = options or ServerOptions()
+    names = options.served_model_name or [name or getattr(model.config, "_name_or_path", "") or "model"]
+    async_engine = AsyncEngine(model.engine)
+    serving = Serving(async_engine, names, options, defaults or {})
+    metrics = EngineMetrics(model.engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with async_engine:
+            try:
+                yield
+            finally:
+                metrics.close()
+
+    app = FastAPI(title="hf_paged", version=hf_paged.__version__, lifespan=lifespan, root_path=options.root_path)
+    app.state.serving = serving
+    add_handlers(app)
+    app.exception_handler(Disconnected)(_nobody)
+    # The last one added is the first that a request meets.
+    app.add_middleware(LimitQueue, load=serving.load)
+    app.add_middleware(LimitBody, max_bytes=options.max_request_bytes)
+    keys = options.api_key + [key for key in [os.environ.get("HF_PAGED_API_KEY")] if key]
+    if keys:
+        app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=options.allowed_origins,
+        allow_methods=options.allowed_methods,
+        allow_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
+    )
+    _add_generation(app, serving)
+    _add_tokens(app, serving)
+    _add_probes(app, serving, metrics)
+    return app
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _add_generation(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        return await create_completion(serving, body, http)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        return await create_chat_completion(serving, body, http)
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesRequest, http: Request) -> Response:
+        return await create_response(serving, body, http)
+
+
+def _add_tokens(app: FastAPI, serving: Serving) -> None:
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        serving.check_model(body.model)
+        tokenizer = serving.intake.need_tokenizer("/tokenize")
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give a prompt or messages, one of them")
+        if body.messages is not None:
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+            ids = render(serving, body, tools or None)[1]
+        else:
+            ids = list(tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"])
+        texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return {"tokens": ids, "count": len(ids), "max_model_len": serving.intake.max_model_len, "token_strs": texts}
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        serving.check_model(body.model)
+        tokenizer = serving.intake.need_tokenizer("/detokenize")
+        for token in body.tokens:
+            if token >= serving.intake.vocab_size:
+                raise ApiError(400, f"token id {token} is outside the vocabulary of {serving.intake.vocab_size}")
+        return {"prompt": tokenizer.decode(body.tokens)}
+
+
+def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_card(serving, name) for name in serving.names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return _card(serving, serving.check_model(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": hf_paged.__version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        return {"server_load": serving.load.count}
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        text = exposition(metrics, serving.options.metrics_prefix, {"model_name": serving.names[0]})
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _card(serving: Serving, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": serving.created,
+        "owned_by": "hf_paged",
+        "root": serving.names[0],
+        "parent": None,
+        "max_model_len": serving.intake.max_model_len,
+    }

@@ -1,0 +1,191 @@
+"""Options of `hf-paged serve`: of the server, and of the model it serves; from the command line and from YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_paged.config import EngineConfig
+from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
+from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
+from hf_paged.llm.arguments import PLAIN, EngineArgs
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ServerOptions:
+    """How to serve; on the command line with dashes.
+
+    Raises:
+        ValueError: a value makes no sense.
+    """
+
+    host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 is every one the machine has")
+    port: int = _option(8000, "port to listen at; 0 is any free one")
+    uds: str | None = _option(None, "path of a Unix socket to listen at instead")
+    api_key: list[str] = field(
+        default_factory=list, metadata={"help": "keys that clients must have one of (HF_PAGED_API_KEY is one too)"}
+    )
+    served_model_name: list[str] = field(
+        default_factory=list, metadata={"help": "names that clients may use for the model; the first is reported"}
+    )
+    chat_template: str | None = _option(None, "a Jinja template or a file of one, instead of the tokenizer's")
+    enable_auto_tool_choice: bool = _option(False, "let the model call tools by itself")
+    tool_call_parser: str | None = _option(None, f"how it writes calls: {', '.join(TOOL_PARSERS)}")
+    reasoning_parser: str | None = _option(None, f"how it writes its reasoning: {', '.join(REASONING_PARSERS)}")
+    root_path: str = _option("", "where a proxy has put the server")
+    allowed_origins: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "CORS: origins"})
+    allowed_methods: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "CORS: methods"})
+    allowed_headers: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "CORS: headers"})
+    allow_credentials: bool = _option(False, "CORS: credentials")
+    ssl_keyfile: str | None = _option(None, "TLS: the key")
+    ssl_certfile: str | None = _option(None, "TLS: the certificate")
+    ssl_ca_certs: str | None = _option(None, "TLS: certificates that clients' are checked with")
+    max_request_bytes: int = _option(16 << 20, "larger bodies are answered with 413")
+    max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
+    max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
+    metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
+    drain_timeout_s: int = _option(60, "after SIGTERM, how long requests under way may take")
+    uvicorn_log_level: str = _option("info", "critical, error, warning, info, debug or trace")
+    disable_log_requests: bool = _option(True, "do not log requests")
+
+    def __post_init__(self) -> None:
+        for name in ("port", "max_request_bytes", "max_queued_requests", "drain_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if getattr(self, name) is not None and getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice needs tool_call_parser: how the model writes its calls")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("TLS needs both ssl_keyfile and ssl_certfile")
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            if getattr(self, name) is not None and not Path(getattr(self, name)).is_file():
+                raise ValueError(f"{name}: there is no file {getattr(self, name)}")
+        if any(not key for key in self.api_key):
+            raise ValueError("api_key must not be empty")
+        levels = ("critical", "error", "warning", "info", "debug", "trace")
+        if self.uvicorn_log_level not in levels:
+            raise ValueError(f"uvicorn_log_level must be one of {', '.join(levels)}, got {self.uvicorn_log_level!r}")
+
+
+SERVER_FIELDS = {f.name: f for f in fields(ServerOptions)}
+MODEL_FIELDS = {f.name: f for f in (*fields(EngineConfig), *fields(EngineArgs)) if f.name not in ("engine", "model")}
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[ServerOptions, EngineArgs]:
+    """Out of a command line: MODEL and options, `--name value`, `--name=value`, `--flag`, `--no-flag`; `--config FILE`
+    names a YAML file with more, which the command line goes before.
+
+    Raises:
+        ValueError, TypeError: an option that nobody knows (the message suggests the nearest), or a bad value.
+        FileNotFoundError: no such file of options.
+    """
+    given = _read_command(arguments)
+    if "config" in given:
+        given = _read_yaml(Path(str(given.pop("config")))) | given
+    model = given.pop("model", None)
+    if model is None:
+        raise ValueError("which model? hf-paged serve MODEL: a folder, a name on the hub, or a GGUF file")
+    server = {name: given.pop(name) for name in list(given) if name in SERVER_FIELDS}
+    return ServerOptions(**server), EngineArgs.parse(model, given)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file of options {file}")
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{file} must map names of options to values")
+    options = {}
+    for name, value in found.items():
+        key = _known(str(name))
+        several = key in SERVER_FIELDS and _kind(key).startswith("list")
+        options[key] = [str(one) for one in (value if isinstance(value, list) else [value])] if several else value
+    return options
+
+
+def _read_command(arguments: Sequence[str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if "model" in given:
+                raise ValueError(f"one model is served, got {given['model']!r} and {word!r}")
+            given["model"] = word
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name.startswith("no-") and name[3:].replace("-", "_") not in SERVER_FIELDS | MODEL_FIELDS:
+            raise ValueError(f"there is no option --{name}")
+        if name.startswith("no-"):
+            given[_known(name[3:])] = False
+            continue
+        key = _known(name)
+        kind = _kind(key)
+        if kind == "bool" and not equals:
+            given[key] = rest.pop(0).lower() == "true" if rest and rest[0].lower() in ("true", "false") else True
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--") and (not values or kind.startswith("list")):
+            values.append(rest.pop(0))
+        if not values and key not in PLAIN:
+            raise ValueError(f"--{name} needs a value")
+        given[key] = values if kind.startswith("list") else _value(key, values[0]) if values else True
+    return given
+
+
+def _known(name: str) -> str:
+    key = name.replace("-", "_")
+    if key in ("config", "model") or key in SERVER_FIELDS or key in MODEL_FIELDS or key in PLAIN:
+        return key
+    near = difflib.get_close_matches(key, [*SERVER_FIELDS, *MODEL_FIELDS, *PLAIN, "config"], n=1)
+    hint = f" Did you mean --{near[0].replace('_', '-')}?" if near else " --help lists them."
+    raise ValueError(f"there is no option --{name}.{hint}")
+
+
+def _kind(key: str) -> str:
+    known = SERVER_FIELDS.get(key) or MODEL_FIELDS.get(key)
+    return str(known.type) if known is not None else "Any"
+
+
+def _value(key: str, text: str) -> Any:
+    """Numbers, true, false, null and JSON objects where a field takes such; text as it is."""
+    import yaml
+
+    kind = _kind(key)
+    if kind in ("str", "str | None"):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if kind in ("int", "int | None") and not isinstance(value, int):
+        raise ValueError(f"--{key.replace('_', '-')} must be an integer, got {text!r}")
+    return value
+
+
+def help_text() -> str:
+    """What `--help` shows."""
+    lines = ["usage: hf-paged serve MODEL [options]", "", "Serve a model with OpenAI's API.", "", "server:"]
+    for name, known in SERVER_FIELDS.items():
+        default = getattr(ServerOptions(), name)
+        shown = f" (default: {default})" if default not in (None, "", []) else ""
+        lines.append(f"  --{name.replace('_', '-'):<26} {known.metadata['help']}{shown}")
+    lines += ["", "  --config FILE               a YAML file of options; the command line goes before it", "", "model:"]
+    names = [f"--{name.replace('_', '-')}" for name in MODEL_FIELDS]
+    lines += [f"  {', '.join(names[i : i + 4])}" for i in range(0, len(names), 4)]
+    lines += ["", "These have the names and meanings of vLLM's (hf_paged.EngineArgs) and of hf_paged.EngineConfig."]
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""An engine's metrics in Prometheus' words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from hf_paged.observe.metrics import EngineMetrics
+
+
+class EngineCollector:
+    """What a Prometheus registry reads an engine's metrics from.
+
+    Args:
+        prefix: of the names, without the colon.
+        labels: of every metric.
+    """
+
+    def __init__(self, metrics: EngineMetrics, prefix: str, labels: dict[str, str]) -> None:
+        self._metrics, self._prefix, self._labels = metrics, prefix, labels
+
+    def collect(self) -> Iterator[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        families: dict[str, Any] = {}
+        for value in self._metrics.values():
+            if value.name not in families:
+                make = CounterMetricFamily if value.kind == "counter" else GaugeMetricFamily
+                own = [name for name, _ in value.labels]
+                families[value.name] = make(f"{self._prefix}:{value.name}", value.help, labels=names + own)
+            families[value.name].add_metric(values + [label for _, label in value.labels], value.value)
+        yield from families.values()
+        for histogram in self._metrics.histograms():
+            family = HistogramMetricFamily(f"{self._prefix}:{histogram.name}", histogram.help, labels=names)
+            bounds = [str(bound) for bound in histogram.bounds] + ["+Inf"]
+            buckets = list(zip(bounds, map(float, histogram.cumulative()), strict=True))
+            family.add_metric(values, buckets, histogram.sum)
+            yield family
+
+
+def exposition(metrics: EngineMetrics, prefix: str, labels: dict[str, str]) -> bytes:
+    """All metrics as the text that Prometheus scrapes."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(metrics, prefix, labels))
+    return generate_latest(registry)
