@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from hf_paged.engine.request import Sequence
 
+AT_ONCE = 4096
+"""Tokens of prompts that are indexed in a step, at most: about a millisecond. A sequence is drafted for once all of its
+own are."""
+
 
 @dataclass(slots=True)
 class _Index:
@@ -51,7 +55,16 @@ class NgramDrafter:
 
     def propose(self, sequences: list[Sequence], room: list[int]) -> list[list[int]]:
         """See `Drafter`."""
-        return [self._propose(sequence, most) for sequence, most in zip(sequences, room, strict=True)]
+        drafts, left = [], AT_ONCE
+        for sequence, most in zip(sequences, room, strict=True):
+            index = self._indices.setdefault(sequence, _Index())
+            end = len(sequence.tokens)
+            if end - index.num_tokens > 1:
+                end = min(end, index.num_tokens + left)
+                left -= end - index.num_tokens
+            self._extend(index, sequence.tokens, end)
+            drafts.append(self._continuation(index, sequence.tokens, most) if end == len(sequence.tokens) else [])
+        return drafts
 
     def finish(self, sequence: Sequence) -> None:
         """See `Drafter`."""
@@ -61,12 +74,9 @@ class NgramDrafter:
         """See `Drafter`."""
         self._indices.clear()
 
-    def _propose(self, sequence: Sequence, room: int) -> list[int]:
-        index = self._indices.get(sequence)
-        if index is None:
-            index = self._indices[sequence] = _Index()
-        tokens, places = sequence.tokens, index.places
-        end = len(tokens)
+    def _extend(self, index: _Index, tokens: list[int], end: int) -> None:
+        """Indexes the tokens before `end`."""
+        places = index.places
         for size in self._sizes:
             first = max(index.num_tokens, size)
             if end - first == 1:
@@ -75,6 +85,9 @@ class NgramDrafter:
                 columns = (tokens[first - size + i : end - size + i] for i in range(size))
                 places.update(zip(zip(*columns, strict=True), range(first, end), strict=True))
         index.num_tokens = end
+
+    def _continuation(self, index: _Index, tokens: list[int], room: int) -> list[int]:
+        end, places = len(tokens), index.places
         for size in self._sizes:
             came_next = places.get(tuple(tokens[end - size :])) if size < end else None
             if came_next is not None:

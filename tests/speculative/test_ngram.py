@@ -65,7 +65,8 @@ def test_a_step_costs_the_same_in_a_long_sequence() -> None:
     costs = []
     for length in (100, 10_000):
         drafter, asked = NgramDrafter(4, 2), sequence([i % 50 for i in range(length)])
-        drafter.propose([asked], [3])
+        for _ in range(3):  # until its prompt is indexed
+            drafter.propose([asked], [3])
         asked.tokens = Counting(asked.tokens)
         asked.tokens += [7]
         drafter.propose([asked], [3])
@@ -111,3 +112,15 @@ def test_defaults_are_vllms(given: dict[str, int], sizes: tuple[int, int]) -> No
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         NgramDrafter(**options)
+
+
+def test_many_prompts_are_indexed_little_by_little() -> None:
+    """No step waits for all of them, and each is drafted for in the end, as if it had been alone."""
+    words = list(range(100)) * 15
+    sequences = [sequence([offset, *words]) for offset in range(10)]
+    drafter, done = NgramDrafter(), []
+    for _ in range(5):
+        drafts = drafter.propose(sequences, [3] * len(sequences))
+        done.append(sum(map(bool, drafts)))
+    assert done[0] == 2 and done == sorted(done) and done[-1] == 10
+    assert drafts == [[0, 1, 2]] * 10
