@@ -32,6 +32,7 @@ class Intake:
         eos_token_ids: gives the ids that end a sequence unless `ignore_eos`, as they are when a request is made.
         logprobs_mode: for requests that name none.
         speculation: how tokens are drafted for requests that do not say.
+        draw_seed: for requests that have no seed; None asks torch's global generator.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Intake:
         eos_token_ids: Callable[[], frozenset[int]],
         logprobs_mode: str = "raw_logprobs",
         speculation: SpeculativeConfig | None = None,
+        draw_seed: Callable[[], int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -52,6 +54,7 @@ class Intake:
         self.eos_token_ids = eos_token_ids
         self.logprobs_mode = logprobs_mode
         self.speculation = speculation
+        self._draw_seed = draw_seed or _draw_seed
         self._numbers = itertools.count()
         self._said_greedy = False
 
@@ -81,7 +84,7 @@ class Intake:
         if sampling.max_tokens is None:
             room = min(room, max(1, self.pool_tokens - len(ids) + 1))
         self._check_sampling(sampling)
-        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()).item())
+        seed = sampling.seed if sampling.seed is not None else self._draw_seed()
         eos = frozenset() if sampling.ignore_eos else self.eos_token_ids()
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
@@ -215,6 +218,10 @@ class Intake:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**62, ()).item())
 
 
 def _describe(value: Any) -> str:

@@ -130,15 +130,7 @@ class ModelExecutor(Executor):
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             rows = self.max_num_batched_tokens, self.max_num_seqs
             activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
-        self.num_pages = choose_num_pages(
-            config,
-            self.page_size,
-            self._page_bytes(),
-            device,
-            self.max_model_len,
-            self.max_num_seqs,
-            activations,
-        )
+        self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
         self._sharing = self._new_planner()
@@ -150,6 +142,12 @@ class ModelExecutor(Executor):
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
+
+    def _choose_num_pages(self, activations: int) -> int:
+        size, length, sequences = self._page_bytes(), self.max_model_len, self.max_num_seqs
+        return choose_num_pages(
+            self._config, self.page_size, size, self.layout.device, length, sequences, activations
+        )  # fmt: skip
 
     def _page_bytes(self) -> int:
         size = page_bytes(self.layout.layers, self.page_size, self._kv_dtype)

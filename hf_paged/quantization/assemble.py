@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_paged.distributed.plan import ShardPlan
+from hf_paged.distributed.shard import check_cut, cut_quantised
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
 from hf_paged.quantization.formats.base import Format, QuantizedLinear
 
@@ -86,27 +88,47 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     return Plan(layers, tensors, tied)
 
 
+def plan_plain(model: Any, checkpoint: Checkpoint) -> Plan | None:
+    """What is read of a checkpoint that is not quantised, where its tensors are the model's, name by name; None where
+    they must be converted first, as transformers knows to."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    present = [name for name, shape in expected.items() if found.get(name) == shape]
+    tied = {end for pair in ties.items() for end in pair if end not in present and not set(pair).isdisjoint(present)}
+    return None if expected.keys() - set(present) - tied else Plan({}, present, tied)
+
+
 def assemble(
     model: Any,
     checkpoint: Checkpoint,
     plan: Plan,
-    format: Format,
+    format: Format | None,
     dtype: torch.dtype,
     device: torch.device,
     *,
     dequantized: bool,
+    shards: ShardPlan | None = None,
+    rank: int = 0,
 ) -> None:
     """Reads what the plan says into the model, tensor by tensor, so that nothing is in memory twice for long.
 
     Args:
+        format: None where the plan has no quantised layers.
         dtype: of activations and of dequantised weights.
         dequantized: put ordinary linear layers in the places of the quantised ones.
+        shards, rank: which part of the model to read, and for whom; None is all of it.
 
     Raises:
         ValueError: a quantised layer's tensors cannot be what they are; the model is then of no use.
     """
     for name, parts in plan.layers.items():
-        layer: nn.Module = _read_layer(name, parts, checkpoint, format, dtype, device)
+        assert format is not None
+        read = _read_layer(name, parts, checkpoint, format, dtype, device)
+        if shards is not None and name in shards.linears:
+            check_cut(name, read, shards.linears[name])
+            read = cut_quantised(read, shards.linears[name], rank)
+        layer: nn.Module = read
         if dequantized:
             layer = plain_linear(layer.dequantize(dtype), layer.bias)  # type: ignore[operator, arg-type]
         model.set_submodule(name, layer)
@@ -114,7 +136,10 @@ def assemble(
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
     kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else []
     for name in plan.tensors:
-        tensor = checkpoint.read([name], device)[name]
+        cut = shards.cut_of(name) if shards is not None else None
+        tensor = checkpoint.read_part(name, cut, device) if cut is not None else checkpoint.read([name], device)[name]
+        if shards is not None and rank and shards.empties(name):
+            tensor.zero_()
         _place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
     model.tie_weights(missing_keys=set(plan.tied), recompute_mapping=False)
     _compute_buffers(model, device)

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hf_paged.config import EngineConfig
-from hf_paged.quantization.assemble import assemble, plan_loading
+from hf_paged.distributed.groups import TensorParallel, join
+from hf_paged.distributed.plan import ShardPlan, make_plan
+from hf_paged.distributed.shard import cut_model, install
+from hf_paged.quantization.assemble import assemble, plan_loading, plan_plain
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
 from hf_paged.quantization.formats.awq import Awq
 from hf_paged.quantization.formats.base import Format
@@ -40,6 +44,7 @@ def load(
     *,
     config: EngineConfig | None = None,
     tokenizer: Any = None,
+    tensor_parallel_size: int = 1,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -58,6 +63,8 @@ def load(
             one that is not quantised, with a scale per output, all but the last, which makes the logits.
         device: None: the current GPU where there is one, else the CPU.
         config, tokenizer, overrides: as for `wrap`.
+        tensor_parallel_size: processes that share the model, as torchrun started them; each reads its part alone. All
+            of them make this call, and every later one.
 
     Returns:
         the model, in eval mode.
@@ -69,7 +76,23 @@ def load(
         UnsupportedModelError: the model cannot be paged.
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
+    parallel = None if tensor_parallel_size == 1 else join(tensor_parallel_size, device)
+    model = load_model(path_or_id, dtype, quantization, device, parallel=parallel)
+    return wrap(model, engine_config, tokenizer=tokenizer)
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = "auto",
+    device: torch.device | str | int | None = None,
+    *,
+    parallel: TensorParallel | None = None,
+) -> Any:
+    """A model as `load` makes it, not wrapped; with `parallel` this rank's part of it."""
     dtype = _dtype(dtype)
+    if parallel is not None:
+        device = parallel.device
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if quantization not in (None, "auto", *FORMATS):
         raise ValueError(f'quantization must be None, "auto" or one of {", ".join(FORMATS)}, got {quantization!r}')
@@ -81,18 +104,51 @@ def load(
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is None:
-            model = _load_plain(folder, dtype)
+            shards = None
+            if parallel is None:
+                model = _load_plain(folder, dtype)
+            else:
+                model, shards = _load_parts(folder, dtype, parallel)
             if on_the_fly:
                 _quantize_linears(model, device)
             model.to(device)
+            if parallel is not None and shards is not None:
+                install(model, shards, parallel)
         else:
-            model = _load_quantized(folder, *found, dtype, device, dequantized=quantization is None)
-    return wrap(model.eval(), engine_config, tokenizer=tokenizer)
+            model = _load_quantized(folder, *found, dtype, device, dequantized=quantization is None, parallel=parallel)
+    return model.eval()
+
+
+def _load_parts(folder: Path, dtype: torch.dtype | None, parallel: TensorParallel) -> tuple[Any, ShardPlan]:
+    """This rank's part of a model that is not quantised, and what is to be installed around it."""
+    checkpoint = open_checkpoint(folder) if any(folder.glob("*.safetensors*")) else None
+    model, dtype = _empty_model(folder, dtype)
+    shards = make_plan(model, parallel.rank, parallel.size)
+    plan = plan_plain(model, checkpoint) if checkpoint is not None else None
+    if checkpoint is not None and plan is not None:
+        assemble(
+            model, checkpoint, plan, None, dtype, parallel.device, dequantized=False, shards=shards, rank=parallel.rank
+        )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, shards
+    logger.info(
+        "%s: its tensors must be converted, so that each rank reads all of them before it keeps its part", folder
+    )
+    model = _load_plain(folder, dtype)
+    cut_model(model, shards, parallel.rank)
+    return model, shards
+
+
+def _empty_model(folder: Path, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
+    """A checkpoint's model on the meta device, and its dtype."""
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), dtype
 
 
 def _load_plain(folder: Path, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if any(folder.glob("*.safetensors*")):
         open_checkpoint(folder)  # says which file is truncated
     loading: Any = AutoModelForCausalLM.from_pretrained
@@ -123,9 +179,8 @@ def _load_quantized(
     device: torch.device,
     *,
     dequantized: bool,
+    parallel: TensorParallel | None = None,
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -134,7 +189,14 @@ def _load_quantized(
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plan = plan_loading(model, checkpoint, format)
-    assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    if parallel is None:
+        assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    else:
+        shards, rank = make_plan(model, parallel.rank, parallel.size), parallel.rank
+        assemble(
+            model, checkpoint, plan, format, dtype, device, dequantized=dequantized, shards=shards, rank=rank
+        )  # fmt: skip
+        install(model, shards, parallel)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     logger.info("%s: %d quantised linear layers", folder, len(plan.layers))
