@@ -78,7 +78,7 @@ def _all_reduce(input: Tensor, group: str) -> Tensor:
         staged = buffer[:size].view(input.dtype)
         return torch.ops.symm_mem.one_shot_all_reduce_copy(staged, input.reshape(-1), "sum", group).view(input.shape)
     total = input.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_resolve_process_group(group))
+    dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
     return total
 
 
@@ -86,7 +86,7 @@ def _all_gather(input: Tensor, widths: Sequence[int], group: str) -> Tensor:
     most = max(widths)
     own = torch.nn.functional.pad(input, (0, most - input.shape[-1])).contiguous()
     flat = own.new_empty(len(widths) * own.numel())
-    dist.all_gather_into_tensor(flat, own.view(-1), group=_resolve_process_group(group))
+    dist.all_gather_into_tensor(flat, own.view(-1), group=_resolve_process_group(group))  # type: ignore[arg-type]
     parts = flat.view(len(widths), *own.shape)
     return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 

@@ -44,7 +44,13 @@ def under_torchrun() -> bool:
     return dist.is_available() and (dist.is_initialized() or "RANK" in os.environ)
 
 
-def join(size: int, device: torch.device | str | int | None = None, timeout_s: float = TIMEOUT_S) -> TensorParallel:
+def join(
+    size: int,
+    device: torch.device | str | int | None = None,
+    timeout_s: float = TIMEOUT_S,
+    *,
+    led: bool = False,
+) -> TensorParallel:
     """This process's place in a group of `size` ranks; all processes call it at the same time.
 
     The processes that torchrun started are taken in order, `size` by `size`: with twice as many, two groups compute a
@@ -54,6 +60,7 @@ def join(size: int, device: torch.device | str | int | None = None, timeout_s: f
         size: ranks that share a model.
         device: None: the GPU of this process's place on its host, or the CPU where there is none.
         timeout_s: a rank that keeps the others waiting for so long counts as lost.
+        led: whether only rank 0 will be called.
 
     Raises:
         ValueError: there is no such number of processes, or of GPUs.
@@ -87,7 +94,7 @@ def join(size: int, device: torch.device | str | int | None = None, timeout_s: f
     link = connect(rank, size, control, timeout_s)
     if not all(link.exchange("setting up shared memory", share_memory(group, device))):
         forget_memory(group)
-    return TensorParallel(rank, size, group, device, link)
+    return TensorParallel(rank, size, group, device, link, led)
 
 
 def _own_device(device: torch.device | str | int | None) -> torch.device:

@@ -5,8 +5,8 @@ Before a step is launched the ranks compare it (`Link.agree`), so that a differe
 than a sum that waits for ever. Logits are gathered bit by bit alike, and draws depend on seeds, so tokens need not be
 sent.
 
-Either every rank runs the same program (torchrun), or rank 0 alone is called and tells the others, step by step, what it
-does (`LeadingEngine`, `follow`).
+Either every rank runs the same program (torchrun), or rank 0 alone is called and tells the others, step by step, what
+it does (`LeadingEngine`, `follow`).
 """
 
 from __future__ import annotations
@@ -291,7 +291,8 @@ class _Interrupts:
         self._pending = False
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._pending, self._before = False, signal.signal(signal.SIGINT, self._note)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -300,7 +301,7 @@ class _Interrupts:
         before, self._before = self._before, None
         signal.signal(signal.SIGINT, before)
         if self._pending and kind is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if one waits; in the thread that it is for."""

@@ -1,8 +1,8 @@
 """What each rank holds of a model: its own tensor-parallel plan, worked out in numbers and checked.
 
 transformers' models say by style what becomes of which module ("colwise", "rowwise", ...). Here that becomes index
-ranges per tensor and what is done around which module, so that a loaded model is cut, and a checkpoint read, by the same
-plan.
+ranges per tensor and what is done around which module, so that a loaded model is cut, and a checkpoint read, by the
+same plan.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ class _Planner:
             self._plan.key_value_groups[parent_name] = heads // self._size
             return head * width, (head + 1) * width
         raise PlanError(
-            f"{name} has {count} heads, which {self._size} ranks cannot share: take a tensor_parallel_size that divides "
-            f"the {heads} attention heads, and that the number of key heads divides or is divided by"
+            f"{name} has {count} heads, which {self._size} ranks cannot share: take a tensor_parallel_size that "
+            f"divides the {heads} attention heads, and that the number of key heads divides or is divided by"
         )
 
     def _share(self, name: str, what: str, total: int) -> Range:

@@ -103,12 +103,12 @@ def check_cut(name: str, module: nn.Module, cut: LinearCut) -> None:
                 f"{name} is quantised with an order of inputs of its own (act-order, desc_act), and its inputs are "
                 "spread over the ranks: take a checkpoint without act-order, or quantization=None, or one GPU"
             )
-        _need_multiple(name, "inputs", cut.inputs, module.group_size, module.in_features)
+        _need_whole_groups(name, "inputs", cut.inputs, module.group_size)
     if isinstance(module, FP8Linear):
         if cut.inputs is not None and module.block != (1, module.in_features):
-            _need_multiple(name, "inputs", cut.inputs, module.block[1], module.in_features)
+            _need_whole_groups(name, "inputs", cut.inputs, module.block[1])
         for part in cut.outputs or ():
-            _need_multiple(name, "outputs", part, module.block[0], module.out_features)
+            _need_whole_groups(name, "outputs", part, module.block[0])
 
 
 def cut_quantised(layer: W4Linear | FP8Linear, cut: LinearCut, rank: int) -> W4Linear | FP8Linear:
@@ -119,12 +119,13 @@ def cut_quantised(layer: W4Linear | FP8Linear, cut: LinearCut, rank: int) -> W4L
     if bias is not None and cut.inputs is not None and rank:
         bias.zero_()
     if isinstance(layer, W4Linear):
-        groups = slice(start // layer.group_size, end // layer.group_size)
+        groups = slice(start // layer.group_size, -(-end // layer.group_size))
         scales, zeros = (_columns(tensor[groups], columns, 1) for tensor in (layer.scales, layer.zeros))
         codes = _columns(layer.codes, columns, 1)
         if cut.inputs is not None:
             codes = pack_codes(unpack_codes(codes, layer.in_features)[:, start:end])
-        return W4Linear(codes, scales, zeros, layer.group_size, perm=layer.perm, bias=bias)
+        size = min(layer.group_size, end - start)
+        return W4Linear(codes, scales, zeros, size, perm=layer.perm, bias=bias)
     by_row = layer.block == (1, layer.in_features)
     rows, width = layer.block
     weight = _columns(layer.weight.view(torch.uint8)[:, start:end], columns, 0).view(layer.weight.dtype)
@@ -149,10 +150,11 @@ def _columns(tensor: Tensor, ranges: tuple[tuple[int, int], ...], dim: int) -> T
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
-def _need_multiple(name: str, what: str, part: tuple[int, int], unit: int, total: int) -> None:
+def _need_whole_groups(name: str, what: str, part: tuple[int, int], unit: int) -> None:
+    """A share is some groups, or lies within one."""
     start, end = part
-    if start % unit or (end % unit and end != total):
+    if (start % unit or end % unit) and start // unit != (end - 1) // unit:
         raise PlanError(
-            f"{name} is quantised in groups of {unit} {what}, and a rank's share of the {total} is {end - start}: "
-            "take a tensor_parallel_size that keeps groups whole"
+            f"{name} is quantised in groups of {unit} {what}, and a rank's share is {end - start} of them: take a "
+            "tensor_parallel_size that keeps groups whole"
         )
