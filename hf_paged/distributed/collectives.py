@@ -7,7 +7,7 @@ one-shot kernel is found by that name too, as `attention/opaque.py` finds a laye
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ ONE_SHOT_BYTES = {2: 2 << 20, 3: 1 << 20, 4: 512 << 10}
 ONE_SHOT_BYTES_OF_MANY = 256 << 10
 ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 """What torch's kernel adds."""
+
+_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""By its newer name, where torch has it: under the other it warns."""
 
 _shared: dict[str, Tensor] = {}
 """By group: memory that every rank of it can read."""
@@ -86,7 +89,7 @@ def _all_gather(input: Tensor, widths: Sequence[int], group: str) -> Tensor:
     most = max(widths)
     own = torch.nn.functional.pad(input, (0, most - input.shape[-1])).contiguous()
     flat = own.new_empty(len(widths) * own.numel())
-    dist.all_gather_into_tensor(flat, own.view(-1), group=_resolve_process_group(group))  # type: ignore[arg-type]
+    _gather(flat, own.view(-1), group=_resolve_process_group(group))  # type: ignore[arg-type]
     parts = flat.view(len(widths), *own.shape)
     return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 

@@ -128,7 +128,7 @@ def start(build: Build, size: int, device: torch.device | str | None = None, tim
         _kill(children)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if told is not None and (isinstance(error, ParallelError) or isinstance(error, dist.DistError)):
+        if told is not None and isinstance(error, ParallelError | dist.DistError):
             raise PeerLost(told) from error
         raise
     causal_lm(model).register_forward_pre_hook(_refuse_alone, with_kwargs=True)

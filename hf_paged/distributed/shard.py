@@ -151,10 +151,11 @@ def _columns(tensor: Tensor, ranges: tuple[tuple[int, int], ...], dim: int) -> T
 
 
 def _need_whole_groups(name: str, what: str, part: tuple[int, int], unit: int) -> None:
-    """A share is some groups, or lies within one."""
-    start, end = part
-    if (start % unit or end % unit) and start // unit != (end - 1) // unit:
+    """A share is some groups, or one of the equal parts of a group. Shares begin at multiples of their width, so that
+    all ranks come to the same verdict."""
+    width = part[1] - part[0]
+    if width % unit and (not width or unit % width):
         raise PlanError(
-            f"{name} is quantised in groups of {unit} {what}, and a rank's share is {end - start} of them: take a "
+            f"{name} is quantised in groups of {unit} {what}, and a rank's share is {width} of them: take a "
             "tensor_parallel_size that keeps groups whole"
         )

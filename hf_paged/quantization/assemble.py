@@ -140,9 +140,9 @@ def assemble(
         tensor = checkpoint.read_part(name, cut, device) if cut is not None else checkpoint.read([name], device)[name]
         if shards is not None and rank and shards.empties(name):
             tensor.zero_()
-        _place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
+        place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
     model.tie_weights(missing_keys=set(plan.tied), recompute_mapping=False)
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -176,7 +176,7 @@ def _read_layer(
         raise ValueError(f"{file}: the layer {name} cannot be read: {error}") from error
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
     """Puts a tensor where one on the meta device was, in `dtype` or in that one's."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
@@ -188,7 +188,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | Non
     setattr(parent, leaf, tensor)
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
+def compute_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings.
 
     transformers computes them where it initialises the module that has them.

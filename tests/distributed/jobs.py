@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "models")]
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from families import make_model, make_prompts  # noqa: E402
 
 import hf_paged  # noqa: E402
@@ -225,7 +226,53 @@ def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     os._exit(0)  # a group with a dead member cannot be taken down
 
 
-JOBS: dict[str, Callable[..., Any]] = {"families": families, "every_feature": every_feature, "faults": faults}
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def of_checkpoint(folder: Path, quantization: str | None, size: int) -> dict[str, Any]:
+    """What a checkpoint's model says, on so many ranks, and how many bytes of it one holds."""
+    model = hf_paged.load(
+        folder, quantization=quantization, device="cpu", tensor_parallel_size=size, fuse_linear=True, **OPTIONS
+    )
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    found = generate(model)
+    hf_paged.unwrap(model)
+    return found | {"bytes": sum(held.values())}
+
+
+CHECKPOINTS: dict[str, tuple[str, str | None]] = {
+    "plain": ("plain", "auto"),
+    "tied": ("tied", "auto"),
+    "experts in pieces": ("mixtral", "auto"),
+    "fp8 on the fly": ("plain", "fp8"),
+    "gptq": ("gptq", "auto"),
+    "gptq, dequantised": ("gptq", None),
+    "awq, one group": ("awq, one group", "auto"),
+    "compressed, a scale per output": ("compressed fp8, a scale per output", "auto"),
+    "fp8 in small blocks": ("fp8 in blocks of 16", "auto"),
+}
+"""(folder, quantization) by name."""
+
+
+def checkpoints(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: of_checkpoint(Path(folder, where), quantization, parallel.size)
+        for name, (where, quantization) in CHECKPOINTS.items()
+    }
+    for name in ("gptq, act-order", "fp8 in blocks of 48"):
+        found[name] = attempt(lambda name=name: hf_paged.load(Path(folder, name), tensor_parallel_size=parallel.size))
+    found["three ranks"] = attempt(lambda: hf_paged.load(Path(folder, "plain"), tensor_parallel_size=3))
+    own = transformers.AutoModelForCausalLM.from_pretrained(Path(folder, "plain"), tp_plan="auto")
+    found["transformers' own"] = generate(hf_paged.wrap(own, **OPTIONS))
+    return found
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "families": families,
+    "every_feature": every_feature,
+    "faults": faults,
+    "checkpoints": checkpoints,
+}
 
 
 def main(job: str, out: str, *args: str) -> None:
