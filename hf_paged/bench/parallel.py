@@ -214,7 +214,7 @@ def _time_one(sum_up: Callable[[Tensor], Tensor], x: Tensor) -> float:
             many()
         torch.cuda.synchronize(x.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             many()
         run = graph.replay
     times = []

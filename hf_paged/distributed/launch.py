@@ -9,6 +9,7 @@ Children are processes of their own kind (`python -m hf_paged.distributed.launch
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from hf_paged.distributed.errors import ParallelError, PeerLost
-from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join
+from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join, under_torchrun
 from hf_paged.distributed.lockstep import ParallelEngine, follow
 from hf_paged.model.introspect import causal_lm
 
@@ -56,6 +57,32 @@ def load_part(
 
     model = load_model(path_or_id, dtype, quantization, parallel=parallel)
     return wrap(model, config, tokenizer=tokenizer)
+
+
+def load_on_ranks(
+    path_or_id: str | Path,
+    tensor_parallel_size: int,
+    *,
+    device: torch.device | str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    **options: Any,
+) -> tuple[Any, Ranks | None]:
+    """A checkpoint's model on several ranks, however this process was started.
+
+    Args:
+        options: of `load_part`.
+
+    Returns:
+        (the wrapped model, what stops the other ranks; None under torchrun, where they are not this process's).
+
+    Raises:
+        as `start`, `join` and `hf_paged.load`.
+    """
+    build = functools.partial(load_part, path_or_id, **options)
+    if under_torchrun():
+        return build(join(tensor_parallel_size, device, timeout_s)), None
+    ranks = start(build, tensor_parallel_size, device, timeout_s)
+    return ranks.model, ranks
 
 
 class Ranks:

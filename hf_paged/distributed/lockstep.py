@@ -86,6 +86,9 @@ class ParallelExecutor(ModelExecutor):
         with self._together():
             super().warm_up()
 
+    def _moved(self) -> bool:
+        return any(self.parallel.link.exchange("looking for what moved", super()._moved()))
+
     def weights_changed(self) -> bool:
         return any(self.parallel.link.exchange("looking at the weights", super().weights_changed()))
 

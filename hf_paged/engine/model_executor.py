@@ -380,9 +380,13 @@ class ModelExecutor(Executor):
         drafter = self.drafter.signs() if self.drafter is not None else None
         return self._watch.signs(), drafter, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
+    def _moved(self) -> bool:
+        """Whether graphs and aliases are out of date."""
+        return self._read_signs() != self._signs
+
     def prepare(self) -> bool:
         self.wake_up()
-        if self._read_signs() == self._signs:
+        if not self._moved():
             return False
         with self._in_order():
             if self._fused is not None and not self._fused.intact():

@@ -65,8 +65,6 @@ def generate(model: Any) -> dict[str, Any]:
 def families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     found = {}
     for name in FAMILIES:
-        if "one key head" not in name and parallel.size > 2 and name != "Llama":
-            continue
         model = hf_paged.wrap(shard(family_model(name), parallel), **OPTIONS)
         found[name] = generate(model)
         hf_paged.unwrap(model)
@@ -267,8 +265,21 @@ def checkpoints(parallel: TensorParallel, out: Path, folder: str) -> dict[str, A
     return found
 
 
+# ---- layers compiled and fused -------------------------------------------------------------------------------------
+
+
+def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
+    model = hf_paged.wrap(shard(family_model("Llama"), parallel), compile="layers", fuse_linear=True, **OPTIONS)
+    found = generate(model)
+    executor = model.engine.executor
+    assert executor._runner.compiled is not None, "compiling failed"
+    assert executor._fused is not None and len(executor._fused._products) == 2 * 3
+    return found
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "families": families,
+    "compiled": compiled,
     "every_feature": every_feature,
     "faults": faults,
     "checkpoints": checkpoints,

@@ -11,6 +11,9 @@ import ranks
 import writers
 from families import make_model
 
+import hf_paged
+from hf_paged.distributed.launch import load_on_ranks
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,6 +54,14 @@ def test_a_model_that_transformers_has_cut_up(folder: Path, found: list[dict[str
     for rank in found:
         assert rank["transformers' own"]["greedy"] == rank["plain"]["greedy"]
         assert rank["transformers' own"]["sampled"] == rank["plain"]["sampled"]
+
+
+def test_ranks_started_from_within(folder: Path, found: list[dict[str, Any]]) -> None:
+    config = hf_paged.EngineConfig(**jobs.OPTIONS)
+    model, group = load_on_ranks(folder / "tied", 2, device="cpu", timeout_s=60, config=config)
+    assert group is not None
+    with group:
+        assert jobs.generate(model)["greedy"] == found[0]["tied"]["greedy"]
 
 
 def check_logprobs(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
