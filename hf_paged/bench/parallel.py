@@ -95,7 +95,8 @@ def run_parallel(
     config = SHAPES[name]()
     if layers is not None:
         config.num_hidden_layers = layers
-        config.layer_types = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
     if parallel is None:
         model = random_model(config, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         if quantization is not None:
@@ -181,7 +182,7 @@ def time_sums(parallel: TensorParallel, rows: int, width: int, dtype: torch.dtyp
         from torch.distributed import _symmetric_memory
 
         buffer = _symmetric_memory.empty(x.numel(), dtype=dtype, device=x.device)
-        _symmetric_memory.rendezvous(buffer, parallel.name)
+        _symmetric_memory.rendezvous(buffer, parallel.group)
 
         def two_shot(x: Tensor) -> Tensor:
             buffer.copy_(x.view(-1))

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from hf_paged.distributed.errors import ParallelError, PeerLost
-from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join, under_torchrun
+from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join
 from hf_paged.distributed.lockstep import ParallelEngine, follow
 from hf_paged.model.introspect import causal_lm
 
@@ -78,8 +78,8 @@ def load_on_ranks(
     Raises:
         as `start`, `join` and `hf_paged.load`.
     """
-    build = functools.partial(load_part, path_or_id, **options)
-    if under_torchrun():
+    build: Build = functools.partial(load_part, path_or_id, **options)
+    if "RANK" in os.environ:
         return build(join(tensor_parallel_size, device, timeout_s)), None
     ranks = start(build, tensor_parallel_size, device, timeout_s)
     return ranks.model, ranks

@@ -71,7 +71,15 @@ class ParallelExecutor(ModelExecutor):
             raise ValueError("a PEFT adapter cannot be had with tensor parallelism yet: merge it into the weights")
         self.parallel = parallel
         self._watchdog = _Watchdog(parallel)
-        super().__init__(model, config, speculation)
+        try:
+            super().__init__(model, config, speculation)
+        except ParallelError:
+            raise
+        except Exception as error:
+            if parallel.link.gone():
+                raise parallel.link.blame(error) from error
+            parallel.link.fail(f"{type(error).__name__}: {error}")  # others may wait for it already
+            raise
 
     def _choose_num_pages(self, activations: int) -> int:
         return min(self.parallel.link.exchange("choosing the number of pages", super()._choose_num_pages(activations)))
@@ -126,6 +134,10 @@ class ParallelEngine(Engine):
                 self._adopt(self.link.exchange("going on after a failure", self._progress())[0])
                 self._epoch = self.link.epoch
             super()._compute_step()
+
+    def _warm_up(self) -> None:
+        with self._interrupts:
+            super()._warm_up()
 
     def _recover(self) -> None:
         error = sys.exc_info()[1]

@@ -203,6 +203,14 @@ def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
 
     report("before", run())
+    plain = {"exact": False, "speculative_config": None, "max_model_len": None}
+    eagle = {"method": "eagle3", "model": "nowhere"}
+    refused = [{"exact": True}, {"speculative_config": eagle}, {"max_model_len": 9999}]
+    engines = [lambda options=options: hf_paged.wrap(model, **plain | options).engine for options in refused]
+    report("refused", *map(attempt, engines))
+    hf_paged.wrap(model, **plain)
+    pages = [30 + 10 * rank, 64]
+    report("pages", *[hf_paged.wrap(model, num_pages=count).engine.scheduler.num_pages for count in pages])
     at_step(model, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     report("interrupt", attempt(run), model.engine.scheduler.num_active_pages, run())
     if rank:

@@ -18,6 +18,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results
 
 
+def test_refusals(found: list[dict[str, Any]]) -> None:
+    """Of options, while the engine is made; it can be made with others after that."""
+    for rank in found:
+        kinds, messages, _ = zip(*rank["refused"], strict=True)
+        assert kinds == ("ValueError",) * 3
+        assert "exact=True" in messages[0] and "eagle3" in messages[1] and "9999" in messages[2]
+
+
+def test_the_rank_with_the_least_memory_decides(found: list[dict[str, Any]]) -> None:
+    assert [rank["pages"] for rank in found] == [(30, 64)] * 2
+
+
 def test_interrupts(found: list[dict[str, Any]]) -> None:
     for rank in found:
         (kind, _, _), pages, after = rank["interrupt"]
