@@ -30,6 +30,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert mine == pytest.approx(other, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path, alone: dict[str, Any]) -> None:
     found = ranks.finish(ranks.start("every_feature", 2, tmp_path), tmp_path)
     assert all(found), ranks.logs(tmp_path, 2)
