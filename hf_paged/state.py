@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.lockstep import LeadingEngine, ParallelEngine, ParallelExecutor, common_seeds
+from hf_paged.distributed.shard import parallel_of
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Intake
 from hf_paged.engine.model_executor import ModelExecutor
@@ -113,7 +115,12 @@ def build_engine(
         assistant: a draft model for requests that ask for it, where the configuration has none.
     """
     drafting = assistant or config.speculation
-    executor = ModelExecutor(model, config, drafting)
+    parallel = parallel_of(causal_lm(model))
+    executor = (
+        ModelExecutor(model, config, drafting)
+        if parallel is None
+        else ParallelExecutor(model, config, drafting, parallel)
+    )
     num_pages = executor.num_pages
     scheduler = Scheduler(
         num_pages=num_pages,
@@ -134,11 +141,16 @@ def build_engine(
         logprobs_mode=config.logprobs_mode,
         speculation=config.speculation,
         seed=config.seed,
+        draw_seed=None if parallel is None or config.seed is not None else common_seeds(parallel),
     )
     drafters: dict[SpeculativeConfig, Drafter] = {}
     if drafting is not None and executor.drafter is not None:
         drafters[drafting] = executor.drafter
-    return Engine(executor, scheduler, intake, Speculator(executor.max_verify_rows, drafters))
+    speculator = Speculator(executor.max_verify_rows, drafters, steady=parallel is not None)
+    if isinstance(executor, ParallelExecutor):
+        leads = executor.parallel.led and executor.parallel.rank == 0
+        return (LeadingEngine if leads else ParallelEngine)(executor, scheduler, intake, speculator)
+    return Engine(executor, scheduler, intake, speculator)
 
 
 def find_tokenizer(name_or_path: str) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from hf_paged import many
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.groups import join
+from hf_paged.distributed.shard import parallel_of, shard
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
@@ -31,7 +33,8 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     The engine, with the page pool's memory, is made at the first generation.
 
     Args:
-        model: a transformers causal LM, or a PEFT, DDP or `torch.compile` wrapper around one.
+        model: a transformers causal LM, or a PEFT, DDP or `torch.compile` wrapper around one. One that transformers
+            has spread over processes (`tp_plan="auto"`) is taken over; it is for inference then.
         config: how to build the engine.
         tokenizer: for prompts and outputs as text. Found beside the model by its name or path when not given; False is
             none at all.
@@ -56,6 +59,8 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     if already is not None:
         already.drop_engine()
     lm = causal_lm(model)
+    if (getattr(lm, "_tp_size", None) or 1) > 1 and parallel_of(lm) is None:
+        shard(lm, join(lm._tp_size, next(lm.parameters()).device))  # transformers has cut it up
     for part in {id(lm): lm, id(model): model}.values():
         if not isinstance(part, PagedGenerationMixin):
             part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]

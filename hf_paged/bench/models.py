@@ -126,11 +126,50 @@ def qwen2_5_1_5b() -> Any:
     )
 
 
+def qwen2_5_32b() -> Any:
+    """Qwen2.5-32B."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def llama_3_1_70b() -> Any:
+    """Llama-3.1-70B, without its scaling of rotary frequencies: that changes no cost."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": tiny,
     "qwen3-0.6b": qwen3_0_6b,
     "qwen2.5-1.5b": qwen2_5_1_5b,
     "llama-3.1-8b": llama_3_1_8b,
+    "qwen2.5-32b": qwen2_5_32b,
+    "llama-3.1-70b": llama_3_1_70b,
 }
 MODELS = ["smollm2", *SHAPES]
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -135,12 +135,7 @@ class Engine(StepLoop):
         """Compiles and captures now what decode steps would otherwise compile and capture when it is first needed, so
         that no request waits for it."""
 
-        def work() -> None:
-            if not self._requests:
-                self.executor.prepare()
-            self.executor.warm_up()
-
-        self._take_turn(work)
+        self._take_turn(self._warm_up)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the page pool's memory back, for training, say. On a GPU the pool keeps its addresses, so that CUDA
@@ -246,10 +241,12 @@ class Engine(StepLoop):
         self._turn.take(work, self._recover)
 
     def _step(self) -> None:
-        """Lands one step, and has the next one on its way before that where it may."""
         self._read_inbox()
-        if self.gate.closed:
-            return
+        if not self.gate.closed:
+            self._compute_step()
+
+    def _compute_step(self) -> None:
+        """Lands one step, and has the next one on its way before that where it may."""
         if self._unseen and self._requests:
             self._look_over()
         if self._flight is None:
@@ -285,6 +282,11 @@ class Engine(StepLoop):
         if self.gate.closed and self._requests:
             self._look_over()
         self.gate.open()
+
+    def _warm_up(self) -> None:
+        if not self._requests:
+            self.executor.prepare()
+        self.executor.warm_up()
 
     def _sleep(self) -> None:
         self._read_inbox()

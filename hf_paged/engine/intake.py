@@ -37,6 +37,7 @@ class Intake:
         logprobs_mode: for requests that name none.
         speculation: how tokens are drafted for requests that do not say.
         seed: where requests without a seed get theirs from; None is torch's global generator.
+        draw_seed: gives these seeds instead.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Intake:
         logprobs_mode: str = "raw_logprobs",
         speculation: SpeculativeConfig | None = None,
         seed: int | None = None,
+        draw_seed: Callable[[], int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -59,11 +61,15 @@ class Intake:
         self.logprobs_mode = logprobs_mode
         self.speculation = speculation
         self._generator = None if seed is None else torch.Generator("cpu").manual_seed(seed % 2**63)
+        self._draw_seed = draw_seed or self._own_seed
         self._numbers = itertools.count()
         self._said_greedy = False
         self._compiling = threading.Lock()
         self._forms: tuple[Any, FormCompiler] | None = None
         """A tokenizer, and what compiles forms for it."""
+
+    def _own_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self._generator, device="cpu").item())
 
     def request(
         self,
@@ -98,9 +104,7 @@ class Intake:
         form = None
         if sampling.structured_outputs is not None:
             form = self.compile_form(sampling.structured_outputs, stop_token_ids)
-        seed = sampling.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu").item())
+        seed = sampling.seed if sampling.seed is not None else self._draw_seed()
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
             ids,

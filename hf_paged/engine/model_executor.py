@@ -138,15 +138,7 @@ class ModelExecutor(Executor):
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             rows = self.max_num_batched_tokens, self.max_num_seqs
             activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
-        self.num_pages = choose_num_pages(
-            config,
-            self.page_size,
-            self._page_bytes(),
-            device,
-            self.max_model_len,
-            self.max_num_seqs,
-            activations,
-        )
+        self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
         self._sharing = self._new_planner()
@@ -158,6 +150,12 @@ class ModelExecutor(Executor):
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
+
+    def _choose_num_pages(self, activations: int) -> int:
+        size, length, sequences = self._page_bytes(), self.max_model_len, self.max_num_seqs
+        return choose_num_pages(
+            self._config, self.page_size, size, self.layout.device, length, sequences, activations
+        )  # fmt: skip
 
     def _page_bytes(self) -> int:
         size = page_bytes(self.layout.layers, self.page_size, self._kv_dtype)
@@ -403,9 +401,13 @@ class ModelExecutor(Executor):
         drafter = self.drafter.signs() if self.drafter is not None else None
         return self._watch.signs(), drafter, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
+    def _moved(self) -> bool:
+        """Whether graphs and aliases are out of date."""
+        return self._read_signs() != self._signs
+
     def prepare(self) -> bool:
         self.wake_up()
-        if self._read_signs() == self._signs:
+        if not self._moved():
             return False
         with self._in_order():
             if self._fused is not None and not self._fused.intact():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_paged.distributed.plan import ShardPlan
+from hf_paged.distributed.shard import check_cut, cut_quantised
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
 from hf_paged.quantization.experts import Piece, plan_experts, read_experts
 from hf_paged.quantization.formats.base import Format
@@ -98,40 +100,65 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     return Plan(layers, tensors, tied, stacking.pieces)
 
 
+def plan_plain(model: Any, checkpoint: Checkpoint) -> Plan | None:
+    """What is read of a checkpoint that is not quantised, where its tensors are the model's, name by name; None where
+    they must be converted first, as transformers knows to."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    present = [name for name, shape in expected.items() if found.get(name) == shape]
+    tied = {end for pair in ties.items() for end in pair if end not in present and not set(pair).isdisjoint(present)}
+    return None if expected.keys() - set(present) - tied else Plan({}, present, tied, {})
+
+
 def assemble(
     model: Any,
     checkpoint: Checkpoint,
     plan: Plan,
-    format: Format,
+    format: Format | None,
     dtype: torch.dtype,
     device: torch.device,
     *,
     dequantized: bool,
+    shards: ShardPlan | None = None,
+    rank: int = 0,
 ) -> None:
     """Reads what the plan says into the model, tensor by tensor, so that nothing is in memory twice for long.
 
     Args:
+        format: None where the plan has no quantised layers.
         dtype: of activations and of dequantised weights.
         dequantized: put ordinary linear layers in the places of the quantised ones.
+        shards, rank: which part of the model to read, and for whom; None is all of it.
 
     Raises:
         ValueError: a quantised layer's tensors cannot be what they are; the model is then of no use.
     """
     for name, parts in plan.layers.items():
+        assert format is not None
         layer = read_layer(name, parts, checkpoint, format, dtype, device)
+        if shards is not None and name in shards.linears:
+            check_cut(name, layer, shards.linears[name])
+            layer = cut_quantised(layer, shards.linears[name], rank)  # type: ignore[arg-type]
         model.set_submodule(name, plain_linear(layer.dequantize(dtype), layer.bias) if dequantized else layer)
     for name, pieces in plan.experts.items():
-        _place(model, name, read_experts(model.get_parameter(name), pieces, checkpoint, format, device), None)
+        assert format is not None
+        stacked = read_experts(model.get_parameter(name), pieces, checkpoint, format, device)
+        cut = shards.cut_of(name) if shards is not None else None
+        place(model, name, stacked if cut is None else cut.of(stacked), None)
     if any(piece.quantized for pieces in plan.experts.values() for piece in pieces) and not dequantized:
         logger.info("%s: quantised experts are dequantised to %s", checkpoint.folder, str(dtype).removeprefix("torch."))
     # Kept in float32, as transformers itself does.
     kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else []
     kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else []
     for name in plan.tensors:
-        tensor = checkpoint.read([name], device)[name]
-        _place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
+        cut = shards.cut_of(name) if shards is not None else None
+        tensor = checkpoint.read_part(name, cut, device) if cut is not None else checkpoint.read([name], device)[name]
+        if shards is not None and rank and shards.empties(name):
+            tensor.zero_()
+        place(model, name, tensor, torch.float32 if any(re.search(pattern, name) for pattern in kept) else None)
     model.tie_weights(missing_keys=set(plan.tied), recompute_mapping=False)
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -143,7 +170,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
     """Puts a tensor where one on the meta device was, in `dtype` or in that one's."""
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
@@ -155,7 +182,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | Non
     setattr(parent, leaf, tensor)
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
+def compute_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings.
 
     transformers computes them where it initialises the module that has them.

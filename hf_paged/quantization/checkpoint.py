@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_paged.distributed.plan import Cut
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,6 +92,13 @@ class Checkpoint:
                 stored = {name: self.entries[name].name for name in wanted}
                 found |= {name: tensors.get_tensor(own).to(device, copy=True) for name, own in stored.items()}
         return found
+
+    def read_part(self, name: str, cut: Cut, device: torch.device) -> Tensor:
+        """A part of a tensor, in memory of its own; the rest of it is not read."""
+        with _open(self.entries[name].file) as tensors:
+            whole = tensors.get_slice(name)
+            parts = [whole[(slice(None),) * cut.dim + (slice(*ends),)] for ends in cut.ranges]
+            return torch.cat([part.to(device, copy=True) for part in parts], cut.dim)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

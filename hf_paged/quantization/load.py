@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.groups import TensorParallel, join
+from hf_paged.distributed.plan import ShardPlan, make_plan
+from hf_paged.distributed.shard import cut_model, install
 from hf_paged.quantization import bitsandbytes
-from hf_paged.quantization.assemble import assemble, plan_loading
+from hf_paged.quantization.assemble import assemble, plan_loading, plan_plain
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
 from hf_paged.quantization.experts import rename
 from hf_paged.quantization.formats.awq import Awq
@@ -53,6 +57,7 @@ def load(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     hf_overrides: Mapping[str, Any] | None = None,
+    tensor_parallel_size: int = 1,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -77,6 +82,8 @@ def load(
         revision, token: of a repository on the hub: a branch, tag or commit, and what opens it.
         trust_remote_code: run model code that comes with the checkpoint.
         hf_overrides: fields of the model's configuration to change.
+        tensor_parallel_size: processes that share the model, as torchrun started them; each reads its part alone. All
+            of them make this call, and every later one.
 
     Returns:
         the model, in eval mode.
@@ -89,15 +96,37 @@ def load(
         UnsupportedModelError: the model cannot be paged.
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
-    dtype = parse_dtype(dtype)
+    options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
+    parallel = None if tensor_parallel_size == 1 else join(tensor_parallel_size, device)
+    model = load_model(
+        path_or_id, dtype, quantization, device, revision=revision, token=token, options=options, parallel=parallel
+    )
+    return wrap(model, engine_config, tokenizer=tokenizer)
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype | str | None = None,
+    quantization: Any = "auto",
+    device: torch.device | str | int | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    options: dict[str, Any] | None = None,
+    parallel: TensorParallel | None = None,
+) -> Any:
+    """A model as `load` makes it, not wrapped; with `parallel` this rank's part of it. `options` are for
+    transformers."""
+    dtype, options = parse_dtype(dtype), options or {}
+    if parallel is not None:
+        device = parallel.device
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     wanted, as_config = _wanted(quantization)
-    options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
     if Path(path_or_id).suffix == ".gguf":
         if wanted not in (None, "auto"):
             raise ValueError(f"a GGUF file is dequantised, and quantization={quantization!r} was asked for")
-        model = _load_gguf(Path(path_or_id), dtype, options).to(device)
-        return wrap(model.eval(), engine_config, tokenizer=tokenizer)
+        model = _load_gguf(Path(path_or_id), dtype, options)
+        return (model.to(device) if parallel is None else _part_of(model, parallel)).eval()
     folder = find_folder(path_or_id, revision, token)
     found = quantization_config(folder)
     method = found[0] if found else None
@@ -110,21 +139,70 @@ def load(
     if wanted not in (None, "auto", *possible) or (method is not None and as_config is not None):
         what = "not quantised" if method is None else f"quantised with {method}"
         raise ValueError(f"{folder} is {what}, and quantization={quantization!r} was asked for")
+    if parallel is not None and bitsandbytes.METHOD in (method, wanted):
+        raise ValueError("bitsandbytes' layers cannot be spread over several ranks: take another quantization")
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is not None and method in FORMATS:
-            model = _load_quantized(folder, *found, dtype, device, options, dequantized=wanted is None)
+            dequantized = wanted is None
+            model = _load_quantized(folder, *found, dtype, device, options, dequantized=dequantized, parallel=parallel)
         elif bitsandbytes.METHOD in (method, wanted):
             if method is None and as_config is None:
-                as_config = bitsandbytes.nf4(dtype or _dtype_of(_config(folder, options)))
+                as_config = bitsandbytes.nf4(dtype or _dtype_of(AutoConfig.from_pretrained(folder, **options)))
             model = load_plain(folder, dtype, **options, **bitsandbytes.loading_options(device, as_config))
             if wanted is None:
                 bitsandbytes.dequantize(model)
         else:
-            model = load_plain(folder, dtype, **options)
+            shards = None
+            if parallel is None:
+                model = load_plain(folder, dtype, **options)
+            else:
+                model, shards = _load_parts(folder, dtype, options, parallel)
             if wanted == "fp8":
                 _quantize_linears(model, device)
             model.to(device)
-    return wrap(model.eval(), engine_config, tokenizer=tokenizer)
+            if parallel is not None and shards is not None:
+                install(model, shards, parallel)
+    return model.eval()
+
+
+def _part_of(model: Any, parallel: TensorParallel) -> Any:
+    """This rank's part of a model that was loaded whole."""
+    shards = make_plan(model, parallel.rank, parallel.size)
+    cut_model(model, shards, parallel.rank)
+    model.to(parallel.device)
+    install(model, shards, parallel)
+    return model
+
+
+def _load_parts(
+    folder: Path, dtype: torch.dtype | None, options: dict[str, Any], parallel: TensorParallel
+) -> tuple[Any, ShardPlan]:
+    """This rank's part of a model that is not quantised, and what is to be installed around it."""
+    checkpoint = open_checkpoint(folder) if any(folder.glob("*.safetensors*")) else None
+    config = AutoConfig.from_pretrained(folder, **options)
+    model = _empty_model(config, found := dtype or _dtype_of(config), options)
+    shards = make_plan(model, parallel.rank, parallel.size)
+    plan = plan_plain(model, checkpoint) if checkpoint is not None else None
+    if checkpoint is not None and plan is not None:
+        assemble(
+            model, checkpoint, plan, None, found, parallel.device, dequantized=False, shards=shards, rank=parallel.rank
+        )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, shards
+    logger.info(
+        "%s: its tensors must be converted, so that each rank reads all of them before it keeps its part", folder
+    )
+    model = load_plain(folder, dtype, **options)
+    cut_model(model, shards, parallel.rank)
+    return model, shards
+
+
+def _empty_model(config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A model on the meta device."""
+    with torch.device("meta"):
+        trusted = bool(options.get("trust_remote_code"))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
 
 
 def _wanted(quantization: Any) -> tuple[str | None, Any]:
@@ -146,8 +224,6 @@ def _wanted(quantization: Any) -> tuple[str | None, Any]:
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     for package in ("gguf", "accelerate"):
@@ -161,8 +237,6 @@ def _load_gguf(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -
 
 
 def load_plain(folder: Path, dtype: torch.dtype | None, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if any(folder.glob("*.safetensors*")):
         open_checkpoint(folder)  # says which file is truncated
     loading: Any = AutoModelForCausalLM.from_pretrained
@@ -194,20 +268,22 @@ def _load_quantized(
     loading: dict[str, Any],
     *,
     dequantized: bool,
+    parallel: TensorParallel | None = None,
 ) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
-    config = _config(folder, loading)
+    config = AutoConfig.from_pretrained(folder, **loading)
     dtype = dtype or _dtype_of(config)
     config.quantization_config = None if dequantized else options
-    with torch.device("meta"):
-        trusted = bool(loading.get("trust_remote_code"))
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    model = _empty_model(config, dtype, loading)
     checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
-    assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    if parallel is None:
+        assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
+    else:
+        shards, rank = make_plan(model, parallel.rank, parallel.size), parallel.rank
+        assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized, shards=shards, rank=rank)
+        install(model, shards, parallel)
     attach_kv_scales(model, checkpoint, options)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -256,12 +332,6 @@ def _format(folder: Path, method: str, options: dict[str, Any]) -> Format:
         return FORMATS[method](options)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
-
-
-def _config(folder: Path, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, **options)
 
 
 def _dtype_of(config: Any) -> torch.dtype:

@@ -154,12 +154,12 @@ class FormCompiler:
         if params.kind == "json_object":
             return compiler.compile_json_schema('{"type": "object"}', any_whitespace=whitespace, strict_mode=False)
         if params.kind == "regex":
-            return compiler.compile_regex(params.regex)
+            return compiler.compile_regex(str(params.regex))
         if params.kind == "choice":
             return compiler.compile_grammar("root ::= " + " | ".join(_literal(text) for text in params.choice or ()))
         if params.kind == "grammar":
-            return compiler.compile_grammar(params.grammar)
-        return compiler.compile_structural_tag(params.structural_tag)
+            return compiler.compile_grammar(str(params.grammar))
+        return compiler.compile_structural_tag(params.structural_tag or "")
 
     def _check_possible(self, form: Form, kind: str) -> None:
         mask = new_mask(1, self._vocab_size)

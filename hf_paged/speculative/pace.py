@@ -54,6 +54,17 @@ class Pace:
         return self._races[size]
 
 
+class Steady(Pace):
+    """Measures nothing: small batches speculate and large ones do not. For engines that must decide alike in several
+    processes, whose clocks differ."""
+
+    def speculates(self, num_seqs: int) -> bool:
+        return num_seqs <= self._optimistic
+
+    def landed(self, num_seqs: int, speculated: bool, tokens: int, seconds: float) -> None:
+        pass
+
+
 class _Race:
     """Of the two ways, at one size of batch."""
 

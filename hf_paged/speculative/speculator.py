@@ -10,7 +10,7 @@ from hf_paged.engine.request import Request, Sequence
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.drafter import Drafter
 from hf_paged.speculative.ngram import NgramDrafter
-from hf_paged.speculative.pace import Pace
+from hf_paged.speculative.pace import Pace, Steady
 from hf_paged.speculative.suffix import SuffixDrafter
 
 FIRST_RATE = 0.7
@@ -60,11 +60,17 @@ class Speculator:
     Args:
         max_rows: of a step; verifications get what decodes leave of them.
         drafters: those that cannot be made out of a configuration alone.
+        steady: decide by the batch alone, not by what was measured.
     """
 
-    def __init__(self, max_rows: int = 64, drafters: dict[SpeculativeConfig, Drafter] | None = None) -> None:
+    def __init__(
+        self,
+        max_rows: int = 64,
+        drafters: dict[SpeculativeConfig, Drafter] | None = None,
+        steady: bool = False,
+    ) -> None:
         self.max_rows = max_rows
-        self.pace = Pace(max_rows // 16)
+        self.pace = (Steady if steady else Pace)(max_rows // 16)
         self.stats: dict[str, DraftStats] = {}
         """By method."""
         self._drafters: dict[SpeculativeConfig, Drafter] = dict(drafters or {})

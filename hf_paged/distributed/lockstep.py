@@ -1,0 +1,365 @@
+"""Engines of several ranks that compute the same steps.
+
+Every rank has an engine of its own, with the same scheduler over the same requests, and so comes to the same decisions.
+Before a step is launched the ranks compare it (`Link.agree`), so that a difference is an error on all of them rather
+than a sum that waits for ever. Logits are gathered bit by bit alike, and draws depend on seeds, so tokens need not be
+sent.
+
+Either every rank runs the same program (torchrun), or rank 0 alone is called and tells the others, step by step, what
+it does (`LeadingEngine`, `follow`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_paged.config import EngineConfig
+from hf_paged.distributed.errors import ParallelError, PeerFailed
+from hf_paged.distributed.groups import TensorParallel
+from hf_paged.engine.batch import Batch
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.executor import StepResult
+from hf_paged.engine.intake import Intake
+from hf_paged.engine.loop import Deliver
+from hf_paged.engine.model_executor import ModelExecutor
+from hf_paged.engine.request import Request
+from hf_paged.engine.scheduler import Scheduler
+from hf_paged.speculative.config import SpeculativeConfig
+from hf_paged.speculative.speculator import Speculator
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 10.0
+"""How long a device may wait for a rank that is gone, or past the timeout, before the process is ended."""
+
+
+class ParallelExecutor(ModelExecutor):
+    """A rank's part of a model. What it launches, all ranks launch.
+
+    Raises:
+        ValueError: an option that cannot be had with several ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        speculation: SpeculativeConfig | None,
+        parallel: TensorParallel,
+    ) -> None:
+        if config.exact:
+            raise ValueError("exact=True cannot be had with tensor parallelism: sums across ranks round differently")
+        if speculation is not None and speculation.model is not None:
+            raise ValueError(
+                f"speculation by {speculation.method} cannot be had with tensor parallelism yet: take ngram or suffix"
+            )
+        if getattr(model, "peft_config", None):
+            raise ValueError("a PEFT adapter cannot be had with tensor parallelism yet: merge it into the weights")
+        self.parallel = parallel
+        self._watchdog = _Watchdog(parallel)
+        try:
+            super().__init__(model, config, speculation)
+        except ParallelError:
+            raise
+        except Exception as error:
+            if parallel.link.gone():
+                raise parallel.link.blame(error) from error
+            parallel.link.fail(f"{type(error).__name__}: {error}")  # others may wait for it already
+            raise
+
+    def _choose_num_pages(self, activations: int) -> int:
+        return min(self.parallel.link.exchange("choosing the number of pages", super()._choose_num_pages(activations)))
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        self.parallel.link.agree("the next step", fingerprint(batch))
+        with self._together():
+            land = super().launch(batch)
+        return lambda: self._wait(land)
+
+    def warm_up(self) -> None:
+        with self._together():
+            super().warm_up()
+
+    def _moved(self) -> bool:
+        return any(self.parallel.link.exchange("looking for what moved", super()._moved()))
+
+    def weights_changed(self) -> bool:
+        return any(self.parallel.link.exchange("looking at the weights", super().weights_changed()))
+
+    def _wait(self, land: Callable[[], StepResult]) -> StepResult:
+        with self._together():
+            return land()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what goes through collectives. If one rank fails in there, no rank knows where the others stand."""
+        try:
+            with self._watchdog.armed():
+                yield
+        except Exception as error:
+            raise self.parallel.link.blame(error) from error
+
+
+class ParallelEngine(Engine):
+    """An engine on a rank whose program all ranks run."""
+
+    executor: ParallelExecutor
+
+    def __init__(
+        self, executor: ParallelExecutor, scheduler: Scheduler, intake: Intake, speculator: Speculator
+    ) -> None:
+        super().__init__(executor, scheduler, intake, speculator)
+        self.link = executor.parallel.link
+        self._epoch = self.link.epoch
+        self._interrupts = _Interrupts()
+        self.link.check = self._interrupts.check
+
+    def _compute_step(self) -> None:
+        with self._interrupts:  # an interrupt in the middle of a sum would leave the other ranks waiting in it
+            if self.link.epoch != self._epoch:
+                self._adopt(self.link.exchange("going on after a failure", self._progress())[0])
+                self._epoch = self.link.epoch
+            super()._compute_step()
+
+    def _warm_up(self) -> None:
+        with self._interrupts:
+            super()._warm_up()
+
+    def _recover(self) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, ParallelError):
+            self.link.fail(f"{type(error).__name__}: {error}")
+        super()._recover()
+
+    def _progress(self) -> list[tuple[str, list[tuple[list[int], str | None]]]]:
+        """Unfinished requests and their tokens."""
+        return [
+            (request_id, [(sequence.tokens, sequence.finish_reason) for sequence in request.sequences])
+            for request_id, (request, _) in self._requests.items()
+        ]
+
+    def _adopt(self, progress: list[tuple[str, list[tuple[list[int], str | None]]]]) -> None:
+        """Goes back to where rank 0 is: a step may have landed here and not there."""
+        missing = [request_id for request_id, _ in progress if request_id not in self._requests]
+        if missing:
+            raise self.link.give_up(f"it does not have rank 0's request {missing[0]!r}")
+        wanted = dict(progress)
+        self._abort([request_id for request_id in self._requests if request_id not in wanted])
+        self._requests = {request_id: self._requests[request_id] for request_id in wanted}
+        for request_id, sequences in progress:
+            for sequence, (tokens, reason) in zip(self._requests[request_id][0].sequences, sequences, strict=True):
+                sequence.tokens[:], sequence.finish_reason = tokens, reason
+        self._flight = None
+        self.scheduler.recover([request for request, _ in self._requests.values()])
+
+
+class LeadingEngine(ParallelEngine):
+    """Rank 0's engine where the other ranks have no program of their own: it tells them what it does."""
+
+    def __init__(
+        self, executor: ParallelExecutor, scheduler: Scheduler, intake: Intake, speculator: Speculator
+    ) -> None:
+        super().__init__(executor, scheduler, intake, speculator)
+        self._told = False
+        """Whether the other ranks are told of what is going on."""
+
+    def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
+        try:
+            pickle.dumps(requests)
+        except Exception as error:
+            raise ValueError(
+                "a request's processors and criteria go to every rank and must be picklable: functions and classes of "
+                f"a module, no lambdas ({error})"
+            ) from error
+        super().submit(requests, deliver)
+
+    def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
+        self.link.tell("add", requests)
+        super()._add(requests, deliver)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        known = [request_id for request_id in request_ids if request_id in self._requests]
+        if known:
+            self._tell("abort", lambda: super(LeadingEngine, self)._abort(known), known)
+
+    def _compute_step(self) -> None:
+        if self._requests or self._flight is not None:
+            self._tell("step", super()._compute_step)
+
+    def _land_flight(self) -> None:
+        self._tell("land", super()._land_flight)
+
+    def _start_over(self) -> None:
+        self._tell("start_over", super()._start_over)
+
+    def _flush(self) -> None:
+        self._tell("flush", super()._flush)
+
+    def _weights_told(self) -> None:
+        self._tell("weights_told", super()._weights_told)
+
+    def _warm_up(self) -> None:
+        self._tell("warm_up", super()._warm_up)
+
+    def _sleep(self) -> None:
+        self._read_inbox()
+        self._tell("sleep", super()._sleep)
+
+    def _close(self) -> None:
+        self._read_inbox()
+        if self.link.broken is None:
+            self._tell("close", super()._close)
+        else:
+            super()._close()
+
+    def _tell(self, call: str, work: Callable[[], None], argument: Any = None) -> None:
+        """Does something, and has the others do it, unless it is part of something that they are doing."""
+        if self._told:
+            return work()
+        if self.link.broken is None or call == "step":  # requests of a broken group can still be aborted
+            self.link.tell(call, argument)
+        self._told = True
+        try:
+            work()
+        finally:
+            self._told = False
+
+
+def follow(engine: ParallelEngine) -> None:
+    """Another rank than 0: does what rank 0 tells, until that is to end.
+
+    Raises:
+        ParallelError: rank 0, or another one, is lost.
+    """
+    calls: dict[str, Callable[[Any], None]] = {
+        "add": lambda requests: engine._add(requests, lambda _: None),
+        "abort": engine._abort,
+        "step": lambda _: engine._compute_step(),
+        "land": lambda _: engine._land_flight(),
+        "start_over": lambda _: engine._start_over(),
+        "flush": lambda _: engine._flush(),
+        "weights_told": lambda _: engine._weights_told(),
+        "warm_up": lambda _: engine._warm_up(),
+        "sleep": lambda _: engine._sleep(),
+        "close": lambda _: engine._close(),
+    }
+    while True:
+        call, argument = engine.link.next_call()
+        if call == "end":
+            return
+        try:
+            engine._take_turn(lambda call=call, argument=argument: calls[call](argument))  # type: ignore[misc]
+        except PeerFailed as error:
+            logger.info("a step was let go of: %s", error)
+        except ParallelError:
+            raise
+        except Exception:
+            logger.exception("rank %d failed; rank 0 is told", engine.link.rank)
+
+
+def fingerprint(batch: Batch) -> int:
+    """A number that is the same on ranks that are about to compute the same, and hardly ever otherwise."""
+    rows = [
+        (zlib.crc32(row.request.request_id.encode()), row.index, row.num_computed, row.num_tokens, row.last_token)
+        for row in batch.decodes
+    ]
+    chunks = [
+        (
+            zlib.crc32(chunk.sequence.request.request_id.encode()),
+            chunk.sequence.request.seed,
+            chunk.start,
+            chunk.length,
+            len(chunk.samples),
+            hash(tuple(chunk.sequence.tokens)),
+        )
+        for chunk in batch.chunks
+    ]
+    return hash((tuple(rows), tuple(chunks)))
+
+
+def common_seeds(parallel: TensorParallel) -> Callable[[], int]:
+    """Seeds for requests that have none: the same on all ranks, as long as these ask in the same order."""
+    own = int(torch.randint(2**62, ()).item())
+    generator = torch.Generator().manual_seed(parallel.link.exchange("drawing a seed", own)[0])
+    return lambda: int(torch.randint(2**62, (), generator=generator).item())
+
+
+class _Interrupts:
+    """Within it Ctrl-C waits for the end, or for `check`."""
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._pending = False
+
+    def __enter__(self) -> None:
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._pending, self._before = False, signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._before is None or threading.current_thread() is not threading.main_thread():
+            return
+        before, self._before = self._before, None
+        signal.signal(signal.SIGINT, before)
+        if self._pending and kind is None:
+            signal.raise_signal(signal.SIGINT)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one waits; in the thread that it is for."""
+        if self._pending and threading.current_thread() is threading.main_thread():
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._pending = True
+
+
+class _Watchdog:
+    """Ends the process where a device waits for a rank that will never come: nothing else would end that wait."""
+
+    def __init__(self, parallel: TensorParallel) -> None:
+        self._link = parallel.link
+        self._since: float | None = None
+        self._thread: threading.Thread | None = None
+        self._needed = parallel.device.type == "cuda"  # gloo ends its own waits
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        if self._needed and self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="hf_paged watchdog", daemon=True)
+            self._thread.start()
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def _watch(self) -> None:
+        lost: float | None = None
+        while True:
+            time.sleep(1.0)
+            since, now = self._since, time.monotonic()
+            if since is None:
+                lost = None
+                continue
+            gone = self._link.gone()
+            lost = (lost or now) if gone else None
+            late = now - since > self._link.timeout_s + GRACE_S
+            if self._since == since and (late or (lost is not None and now - lost > GRACE_S)):
+                who = f"rank {gone[0]} ended" if gone else f"another rank hangs for {now - since:.0f} s"
+                logger.critical("rank %d ends: %s in the middle of a step", self._link.rank, who)
+                os._exit(1)
