@@ -49,13 +49,18 @@ def load_part(
     quantization: str | None = "auto",
     config: Any = None,
     tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """This rank's part of a checkpoint, wrapped: what `start` may build, the first argument bound. Arguments are those
-    of `hf_paged.load`."""
+    of `hf_paged.load`, and `options` for transformers."""
     from hf_paged.quantization.load import load_model
     from hf_paged.wrap import wrap
 
-    model = load_model(path_or_id, dtype, quantization, parallel=parallel)
+    model = load_model(
+        path_or_id, dtype, quantization, revision=revision, token=token, options=options, parallel=parallel
+    )
     return wrap(model, config, tokenizer=tokenizer)
 
 

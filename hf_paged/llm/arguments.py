@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.launch import Ranks, load_on_ranks
 from hf_paged.quantization.load import load
 from hf_paged.wrap import wrap
 
@@ -62,6 +63,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """vLLM's arguments that have nothing to set here, with the values that can be had; () is any."""
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+MISSING = PARALLEL[1:]
+"""Those that this version does not have."""
 
 
 @dataclass
@@ -177,8 +180,8 @@ class EngineArgs:
             raise ValueError('kv_cache_dtype must be "auto" (the model\'s own) or "fp8"')
         return EngineConfig().with_changes(**changes, **engine)
 
-    def load(self) -> Any:
-        """The model, wrapped.
+    def load(self) -> tuple[Any, Ranks | None]:
+        """The model, wrapped, and where it is spread over processes of its own, what stops these.
 
         Raises:
             FileNotFoundError, ValueError, UnsupportedModelError: as `hf_paged.load` and `hf_paged.wrap`.
@@ -187,22 +190,26 @@ class EngineArgs:
         if isinstance(self.model, nn.Module):
             loaded = ("revision", "hf_overrides", "quantization", "device")
             given = [name for name in loaded if getattr(self, name) is not None]
+            given += ["tensor_parallel_size"] if self.tensor_parallel_size > 1 else []
             if given or self.dtype != "auto":
                 raise ValueError(f"the model is loaded already: {(given or ['dtype'])[0]} has nothing to act on")
-            return wrap(self.model, config, tokenizer=self._load_tokenizer())
+            return wrap(self.model, config, tokenizer=self._load_tokenizer()), None
         dtype = {"auto": None, "half": "float16", "float": "float32"}.get(self.dtype, self.dtype)
-        return load(
-            self.model,
-            dtype,
-            self.quantization or "auto",
-            self.device,
-            config=config,
-            tokenizer=self._load_tokenizer(),
-            revision=self.revision,
-            token=self.hf_token,
-            trust_remote_code=self.trust_remote_code,
-            hf_overrides=self.hf_overrides,
-        )
+        common: dict[str, Any] = {
+            "config": config, "tokenizer": self._load_tokenizer(), "revision": self.revision, "token": self.hf_token,
+        }  # fmt: skip
+        quantization, trusted = self.quantization or "auto", self.trust_remote_code
+        if self.tensor_parallel_size > 1:
+            options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
+            return load_on_ranks(
+                self.model, self.tensor_parallel_size, device=self.device, dtype=dtype, quantization=quantization,
+                options=options, **common,
+            )  # fmt: skip
+        model = load(
+            self.model, dtype, quantization, self.device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
+            **common,
+        )  # fmt: skip
+        return model, None
 
     def _load_tokenizer(self) -> Any:
         if self.skip_tokenizer_init:
@@ -225,13 +232,13 @@ class EngineArgs:
 
 
 def check_parallel(args: EngineArgs) -> None:
-    """Raises ValueError for more than one GPU."""
+    """Raises ValueError for sizes that make no sense, and for what there is not."""
     for name in PARALLEL:
         size = getattr(args, name)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if size > 1:
-            raise ValueError(f"{name}={size}: this version runs a model on one GPU; set it to 1")
+        if size > 1 and name in MISSING:
+            raise ValueError(f"{name}={size}: this version spreads a model by tensor_parallel_size alone; set it to 1")
 
 
 def _say_unused(name: str, value: Any) -> None:

@@ -49,7 +49,7 @@ class LLM:
     ) -> None:
         self.args = EngineArgs.parse(model, options)
         self._chat_template = load_chat_template(self.args.chat_template)
-        self.model = self.args.load()
+        self.model, self._ranks = self.args.load()
         """The transformers model, wrapped."""
         self.engine  # noqa: B018 - made now: what is wrong with it should be said here
         self._worker = make_worker(self.model, worker_extension_cls)
@@ -216,6 +216,14 @@ class LLM:
         return SamplingParams(**sampling_defaults(self.model, self.args))
 
     # ---- weights, memory, profiles -------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Gives the page pool's memory back and, where the model is spread over processes, ends them. It is of no use
+        after it. A program's end does the same."""
+        if self._ranks is not None:
+            self._ranks.stop()
+        else:
+            self.model._state().drop_engine()
 
     def sleep(self, level: int = 1) -> None:
         """Gives the page pool's memory back; see `Engine.sleep`.

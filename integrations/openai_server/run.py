@@ -30,21 +30,25 @@ def serve(arguments: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from hf_paged.integrations.openai_server.app import make_app
 
-    model = args.load()
+    model, ranks = args.load()
     app = make_app(model, options, defaults=_defaults(model, args), name=str(args.model))
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        uds=options.uds,
-        log_level=options.uvicorn_log_level,
-        access_log=not options.disable_log_requests,
-        ssl_keyfile=options.ssl_keyfile,
-        ssl_certfile=options.ssl_certfile,
-        ssl_ca_certs=options.ssl_ca_certs,
-        timeout_graceful_shutdown=options.drain_timeout_s,
-        root_path=options.root_path,
-    )
+    try:
+        uvicorn.run(
+            app,
+            host=options.host,
+            port=options.port,
+            uds=options.uds,
+            log_level=options.uvicorn_log_level,
+            access_log=not options.disable_log_requests,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
+            ssl_ca_certs=options.ssl_ca_certs,
+            timeout_graceful_shutdown=options.drain_timeout_s,
+            root_path=options.root_path,
+        )
+    finally:
+        if ranks is not None:
+            ranks.stop()
 
 
 def _defaults(model: object, args: EngineArgs) -> dict[str, object]:

@@ -29,7 +29,7 @@ def tokens(outputs: Any) -> list[list[int]]:
     ("options", "error", "told"),
     [
         ({"max_model_length": 64}, TypeError, "Did you mean 'max_model_len'"),
-        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2"),
+        ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size=2"),
         ({"pipeline_parallel_size": 0}, ValueError, "positive integer"),
         ({"enable_lora": True}, ValueError, "enable_lora=True cannot be had"),
         ({"cpu_offload_gb": 4}, ValueError, "cpu_offload_gb=4"),
@@ -180,3 +180,22 @@ def test_a_gguf_file_speaks(smollm2_dir: str) -> None:
     llm = LLM(f"{smollm2_dir}/SmolLM2-135M-Instruct.Q4_1.gguf", max_model_len=256, **SMALL)
     (output,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY, use_tqdm=False)
     assert "Paris" in output.outputs[0].text
+
+
+def test_a_model_on_two_ranks_says_the_same(tiny_checkpoint: str, llm: Any) -> None:
+    """They are started from here, and end here."""
+    prompts, params = ["One two three", "The cat"], SamplingParams(temperature=0.0, max_tokens=8)
+    both = LLM(tiny_checkpoint, tensor_parallel_size=2, device="cpu", **SMALL)
+    children = both._ranks._children
+    try:
+        assert tokens(both.generate(prompts, params, use_tqdm=False)) == tokens(
+            llm.generate(prompts, params, use_tqdm=False)
+        )
+    finally:
+        both.shutdown()
+    assert all(child.poll() is not None for child in children)
+
+
+def test_a_loaded_model_is_not_spread(llm: Any) -> None:
+    with pytest.raises(ValueError, match="loaded already: tensor_parallel_size"):
+        LLM(llm.model, tensor_parallel_size=2)
