@@ -156,10 +156,11 @@ class AsyncEngine:
                     self._wake.wait(0.005)
 
     def _fail(self, error: Exception) -> None:
-        for loop, queue in list(self._waiting.values()):
-            if not loop.is_closed():
+        # Each is let go before it is told: those who come meanwhile wait for something else.
+        for request_id in list(self._waiting):
+            loop, queue = self._waiting.pop(request_id, (None, None))
+            if loop is not None and queue is not None and not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, error)
-        self._waiting.clear()
 
 
 async def _in_a_thread_of_its_own(work: Callable[[], None]) -> None:
