@@ -147,7 +147,8 @@ class FormCompiler:
         return form
 
     def _compile(self, params: StructuredOutputsParams) -> Any:
-        compiler, whitespace = self._compiler, not params.disable_any_whitespace
+        compiler: Any = self._compiler
+        whitespace = not params.disable_any_whitespace
         if params.kind == "json":
             schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
             return compiler.compile_json_schema(schema, any_whitespace=whitespace)
