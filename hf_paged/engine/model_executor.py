@@ -3,6 +3,7 @@ work."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 import time
@@ -387,7 +388,9 @@ class ModelExecutor(Executor):
         if self._graphs is not None:
             with self._in_order():
                 kinds = (False, True) if self._sharing is not None else (False,)
-                for size, shares in itertools.product(self._graphs.sizes, kinds):
+                sizes = self._graphs.sizes  # larger ones than of all sequences are for drafts
+                needed = sizes[: bisect.bisect_left(sizes, self.max_num_seqs) + 1]
+                for size, shares in itertools.product(needed, kinds):
                     if shares and size == 1:
                         continue  # one row shares nothing
                     if self._graphs is not None and self._graphs.holds(size):
