@@ -90,6 +90,15 @@ def graph_engine(
     return engine, recorder
 
 
+def test_warming_up_captures_what_all_sequences_need(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger steps have drafts, and graphs of their own."""
+    engine, _ = graph_engine(model, monkeypatch)
+    engine.warm_up()
+    executor: Any = engine.executor
+    assert max(executor._graphs.sizes) == 16
+    assert {kind.size for kind in executor._graphs._captured} == {1, 2, 4}
+
+
 def prompts() -> list[list[int]]:
     draw = torch.Generator().manual_seed(1)
     return [torch.randint(3, 64, (length,), generator=draw).tolist() for length in (1, 4, 9, 14)]
