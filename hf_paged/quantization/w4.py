@@ -33,12 +33,12 @@ TURN, PLANE = 128, 32
 def pack_codes(nibbles: Tensor) -> Tensor:
     """Integers `[N, K]` of 0 to 15 -> the canonical int16 `[ceil(K/128), N, 32]`, filled up with zeros."""
     outputs, inputs = nibbles.shape
-    padded = torch.nn.functional.pad(nibbles.to(torch.int32), (0, -inputs % TURN))
+    padded = torch.nn.functional.pad(nibbles.to(torch.uint8), (0, -inputs % TURN))
     planes = padded.view(outputs, -1, TURN // PLANE, PLANE)
-    words = planes[:, :, 0].clone()
+    words = planes[:, :, 0].to(torch.int16)
     for j in range(1, TURN // PLANE):
-        words |= planes[:, :, j] << 4 * j
-    return words.to(torch.int16).transpose(0, 1).contiguous()  # keeps the lower bits
+        words |= planes[:, :, j].to(torch.int16) << 4 * j  # the highest bit is the sign
+    return words.transpose(0, 1).contiguous()
 
 
 def unpack_codes(codes: Tensor, inputs: int) -> Tensor:
