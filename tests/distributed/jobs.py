@@ -178,6 +178,17 @@ def attempt(work: Callable[[], Any]) -> tuple[str, str, float]:
     return "none", "", time.monotonic() - start
 
 
+def hear_interrupts() -> None:
+    """A shell that starts a job in the background has it ignore Ctrl-C, and so its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt() -> None:
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def at_step(model: Any, number: int, work: Callable[[], Any]) -> None:
     """Has something done once, when the engine has landed so many steps more."""
     observers, when = model.engine.observers, model.engine.stats.steps + number
@@ -211,7 +222,8 @@ def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     hf_paged.wrap(model, **plain)
     pages = [30 + 10 * rank, 64]
     report("pages", *[hf_paged.wrap(model, num_pages=count).engine.scheduler.num_pages for count in pages])
-    at_step(model, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    hear_interrupts()
+    at_step(model, 3, interrupt)
     report("interrupt", attempt(run), model.engine.scheduler.num_active_pages, run())
     if rank:
         at_step(model, 2, fail)

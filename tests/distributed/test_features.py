@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,8 @@ def test_started_from_within(alone: dict[str, Any]) -> None:
             model(torch.tensor([[1, 2]]))
         with pytest.raises(ValueError, match="picklable"):
             model.generate_many([[1, 2]], hf_paged.SamplingParams(logits_processors=[lambda ids, scores: scores]))
-        jobs.at_step(model, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        jobs.hear_interrupts()
+        jobs.at_step(model, 2, jobs.interrupt)
         with pytest.raises(KeyboardInterrupt):
             jobs.generate(model)
         jobs.at_step(model, 2, jobs.fail)
