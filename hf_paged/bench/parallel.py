@@ -24,7 +24,7 @@ from torch import Tensor
 
 import hf_paged
 from hf_paged.bench.models import DTYPES, QUANTIZATIONS, SHAPES, quantized, random_model
-from hf_paged.distributed.collectives import all_reduce, one_shot_bytes
+from hf_paged.distributed.collectives import all_reduce, pushed_bytes
 from hf_paged.distributed.groups import TensorParallel, join
 from hf_paged.distributed.plan import make_plan
 from hf_paged.distributed.shard import install
@@ -189,7 +189,7 @@ def time_sums(parallel: TensorParallel, rows: int, width: int, dtype: torch.dtyp
             return torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", parallel.name)
 
         copy = torch.ops.symm_mem.one_shot_all_reduce_copy
-        if x.nbytes <= 8 * one_shot_bytes(parallel.size):
+        if x.nbytes <= 8 * pushed_bytes(parallel.size):
             methods["one-shot"] = lambda x: copy(buffer, x.view(-1), "sum", parallel.name)
         methods["two-shot"] = two_shot
     found: dict[str, float | str] = {}

@@ -21,6 +21,7 @@ from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages, page_bytes
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.shard import parallel_of
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
 from hf_paged.engine.executor import Executor, StepResult
@@ -129,7 +130,8 @@ class ModelExecutor(Executor):
         self.drafter = load_drafter(self._speculation, config, self._lm, layout)
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
-            self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
+            spread = parallel_of(self._lm) is not None
+            self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules), spread=spread)
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
         if self._captures and (reason := why_uncapturable(self._lm)):
             logger.info("steps run without CUDA graphs: %s", reason)

@@ -294,6 +294,11 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     executor = model.engine.executor
     assert executor._runner.compiled is not None, "compiling failed"
     assert executor._fused is not None and len(executor._fused._products) == 2 * 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.generate_many(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=1))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    layers = model.config.num_hidden_layers
+    assert calls["hf_paged::all_reduce_add"] == 2 * layers, "the residual stream is added within the sums"
     return found
 
 
