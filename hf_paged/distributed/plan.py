@@ -247,6 +247,8 @@ class _Planner:
         embedding, head = self._lm.get_input_embeddings(), self._lm.get_output_embeddings()
         if isinstance(embedding, nn.Embedding) and names[id(embedding)] not in self._plan.lookups:
             self._embedding(names[id(embedding)], embedding)
+        if hasattr(head, "num_logits"):
+            return  # another stage has it
         if not isinstance(head, KINDS):
             raise PlanError(f"{type(self._lm).__name__} has no linear layer that makes its logits")
         if names[id(head)] not in self._plan.gathers:

@@ -63,7 +63,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """vLLM's arguments that have nothing to set here, with the values that can be had; () is any."""
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-MISSING = PARALLEL[1:]
+MISSING = PARALLEL[2:]
 """Those that this version does not have."""
 
 
@@ -190,7 +190,7 @@ class EngineArgs:
         if isinstance(self.model, nn.Module):
             loaded = ("revision", "hf_overrides", "quantization", "device")
             given = [name for name in loaded if getattr(self, name) is not None]
-            given += ["tensor_parallel_size"] if self.tensor_parallel_size > 1 else []
+            given += [name for name in PARALLEL if getattr(self, name) > 1]
             if given or self.dtype != "auto":
                 raise ValueError(f"the model is loaded already: {(given or ['dtype'])[0]} has nothing to act on")
             return wrap(self.model, config, tokenizer=self._load_tokenizer()), None
@@ -199,11 +199,11 @@ class EngineArgs:
             "config": config, "tokenizer": self._load_tokenizer(), "revision": self.revision, "token": self.hf_token,
         }  # fmt: skip
         quantization, trusted = self.quantization or "auto", self.trust_remote_code
-        if self.tensor_parallel_size > 1:
+        if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
             options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
             return load_on_ranks(
                 self.model, self.tensor_parallel_size, device=self.device, dtype=dtype, quantization=quantization,
-                options=options, **common,
+                options=options, pipeline_parallel_size=self.pipeline_parallel_size, **common,
             )  # fmt: skip
         model = load(
             self.model, dtype, quantization, self.device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
@@ -238,7 +238,10 @@ def check_parallel(args: EngineArgs) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if size > 1 and name in MISSING:
-            raise ValueError(f"{name}={size}: this version spreads a model by tensor_parallel_size alone; set it to 1")
+            raise ValueError(
+                f"{name}={size}: this version spreads a model by tensor_parallel_size and pipeline_parallel_size "
+                "alone; set it to 1"
+            )
 
 
 def _say_unused(name: str, value: Any) -> None:

@@ -133,6 +133,26 @@ def features(model: Any) -> dict[str, Any]:
     return found
 
 
+def staged_families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
+    """By stages alone, or by both."""
+    found = {}
+    total = torch.distributed.get_world_size()
+    for tp in {1, total // 2}:
+        place = join(tp, "cpu", timeout_s=60, stages=total // tp)
+        for name in FAMILIES:
+            model = make_staged(name)
+            if len(model.model.layers) < place.pipeline.size:
+                continue
+            hf_paged.wrap(shard(model, place), **OPTIONS)
+            found[name, tp] = generate(model)
+            hf_paged.unwrap(model)
+    return found
+
+
+def make_staged(name: str) -> Any:
+    return make_model(name.partition(",")[0], **FAMILIES[name] | {"num_hidden_layers": 4})
+
+
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -303,6 +323,7 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
 
 
 JOBS: dict[str, Callable[..., Any]] = {
+    "staged_families": staged_families,
     "families": families,
     "compiled": compiled,
     "every_feature": every_feature,
