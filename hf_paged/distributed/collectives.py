@@ -94,9 +94,7 @@ def fuse_additions(graph: torch.fx.Graph) -> None:
         if addend is node or not isinstance(addend, torch.fx.Node) or not _alike(node, addend):
             continue
         with graph.inserting_before(user):
-            fused = graph.call_function(
-                torch.ops.hf_paged.all_reduce_add.default, (node.args[0], addend, node.args[1])
-            )
+            fused = graph.call_function(torch.ops.hf_paged.all_reduce_add.default, (node.args[0], addend, node.args[1]))
         fused.meta.update(user.meta)
         user.replace_all_uses_with(fused)
         graph.erase_node(user)

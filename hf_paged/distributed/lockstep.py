@@ -287,6 +287,8 @@ def follow(engine: ParallelEngine) -> None:
         call, argument = engine.link.next_call()
         if call == "end":
             return
+        if engine.link.epoch != engine._epoch:
+            engine._flights.clear()  # rank 0 let go of them
         try:
             engine._take_turn(lambda call=call, argument=argument: calls[call](argument))  # type: ignore[misc]
         except PeerFailed as error:

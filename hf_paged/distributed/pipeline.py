@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_paged.distributed.plan import PlanError
+from hf_paged.distributed.plan import PlanError, StandIn
 
 ATTRIBUTE = "_hf_paged_stage"
 """Where a model keeps its `Stage`."""
@@ -101,8 +101,8 @@ def stage_of(lm: nn.Module) -> Stage | None:
     return lm.__dict__.get(ATTRIBUTE)
 
 
-class _Elsewhere(nn.Module):
-    """In the place of a layer that another stage has: hands on what it gets."""
+class _Elsewhere(StandIn):
+    """A layer or norm that another stage has: hands on what it gets."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _Departure(_Elsewhere):
         return hidden_states
 
 
-class _NoEmbedding(nn.Module):
+class _NoEmbedding(StandIn):
     """Rows of the right shape, no two tokens' alike, for a stage that gets its own from another one."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
@@ -149,7 +149,7 @@ class _NoEmbedding(nn.Module):
         return torch.sin(phase.float()).to(self._dtype)
 
 
-class NoHead(nn.Module):
+class _NoHead(StandIn):
     """Where another stage makes the logits: hands on what it gets.
 
     Args:
@@ -217,9 +217,9 @@ def cut_stage(lm: Any, pipeline: Pipeline) -> Stage:
             departs = place == own.stop
             layers[place] = _Departure(layers[place], stage) if departs else _Elsewhere(layers[place])
         for norm in norms:
-            lm.set_submodule(norm, nn.Identity())
+            lm.set_submodule(norm, _Elsewhere(lm.get_submodule(norm)))
         names = {id(module): path for path, module in lm.named_modules()}
-        lm.set_submodule(names[id(head)], NoHead(head.weight.shape[0] if hasattr(head, "weight") else head.out_features))
+        lm.set_submodule(names[id(head)], _NoHead(head.out_features))
     kept = lm.state_dict().keys()
     if ties:
         lm.all_tied_weights_keys = {one: other for one, other in ties.items() if {one, other} <= kept}

@@ -1,6 +1,6 @@
 """Sums that ranks push to each other, against plain torch: several ranks of one process, one after the other.
 
-Without a GPU they run in Triton's interpreter. A rank's call waits for what the others push, so here it has come before.
+Without a GPU they run in Triton's interpreter. A rank's call waits for what others push, so here it has come before.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def place(memory: SharedMemory, sender: int, turn: int, dtype: torch.dtype) -> T
     seed=st.integers(0, 99),
 )
 def test_sums_are_torchs(ranks: int, dtype: torch.dtype, sizes: list[int], adds: bool, seed: int) -> None:
-    """Calls of any sizes after each other, with the same bits on all ranks, through memory that is used over and over."""
+    """Calls of any sizes, one after another, with the same bits on all ranks, through memory that is used again."""
     generator = torch.Generator().manual_seed(seed)
     memory = make_memory(ranks)
     for size in sizes:
@@ -71,7 +71,9 @@ def test_sums_are_torchs(ranks: int, dtype: torch.dtype, sizes: list[int], adds:
             assert torch.equal(one, found[0])
             # Triton's interpreter cuts what it casts to bfloat16.
             rtol = torch.finfo(dtype).eps if DEVICE.type == "cpu" else 0
-            torch.testing.assert_close(one, expected.to(dtype), rtol=rtol, atol=1e-6 if adds and dtype.itemsize > 2 else 0)
+            torch.testing.assert_close(
+                one, expected.to(dtype), rtol=rtol, atol=1e-6 if adds and dtype.itemsize > 2 else 0
+            )
         assert all(one.turns.tolist() == memory[0].turns.tolist() for one in memory)
 
 
