@@ -1,0 +1,25 @@
+"""`hf-paged`: the program. Each group of commands is a module; what they run is imported when it is called."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_paged.cli.bench import bench
+from hf_paged.cli.model import demo, quantize
+from hf_paged.cli.serve import PASSED_ON, serve
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help="Paged generation for Hugging Face models.")
+app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
+app.command()(demo)
+app.command()(quantize)
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `hf-paged COMMAND` a group, however many commands there are."""
+
+
+def main() -> None:
+    """The `hf-paged` program."""
+    app()
