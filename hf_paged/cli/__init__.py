@@ -5,11 +5,14 @@ from __future__ import annotations
 import typer
 
 from hf_paged.cli.bench import bench
+from hf_paged.cli.chat import chat, complete
 from hf_paged.cli.model import demo, quantize
 from hf_paged.cli.serve import PASSED_ON, serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help="Paged generation for Hugging Face models.")
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
+app.command()(chat)
+app.command()(complete)
 app.command()(demo)
 app.command()(quantize)
 app.add_typer(bench, name="bench")

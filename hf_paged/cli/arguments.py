@@ -39,10 +39,8 @@ def check_model(model: str | None, dtype: str | None, device: str | None) -> Non
     choose("device", [device] if device else [], ["cpu", "cuda"])
 
 
-def engine_options(given: list[str]) -> dict[str, Any]:
-    """key=value pairs as fields of EngineConfig: numbers, true, false and null are read as JSON, the rest is text."""
-    from hf_paged.config import EngineConfig
-
+def key_values(given: list[str]) -> dict[str, Any]:
+    """key=value pairs: numbers, true, false and null are read as JSON, the rest is text."""
     options: dict[str, Any] = {}
     for pair in given:
         key, sign, value = pair.partition("=")
@@ -52,6 +50,14 @@ def engine_options(given: list[str]) -> dict[str, Any]:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
             options[key] = value
+    return options
+
+
+def engine_options(given: list[str]) -> dict[str, Any]:
+    """key=value pairs as fields of EngineConfig."""
+    from hf_paged.config import EngineConfig
+
+    options = key_values(given)
     try:
         EngineConfig().with_changes(**options)
     except (TypeError, ValueError) as error:

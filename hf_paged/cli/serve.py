@@ -11,7 +11,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 
 def serve(context: typer.Context) -> None:
-    """Serve a model with OpenAI's API: hf-paged serve MODEL [options]; --help lists them."""
+    """Serve a model with OpenAI's API: hf-paged serve MODEL; --help lists its options."""
     from hf_paged.integrations.openai_server.run import serve as run_server
 
     def run() -> None:
