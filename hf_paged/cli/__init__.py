@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hf_paged.cli.batch import OTHERS_PASSED_ON, run_batch
 from hf_paged.cli.bench import bench
 from hf_paged.cli.chat import chat, complete
 from hf_paged.cli.model import demo, quantize
@@ -13,6 +14,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, help="Paged generat
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
 app.command()(chat)
 app.command()(complete)
+app.command("run-batch", context_settings=OTHERS_PASSED_ON)(run_batch)
 app.command()(demo)
 app.command()(quantize)
 app.add_typer(bench, name="bench")
