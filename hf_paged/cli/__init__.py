@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hf_paged.cli import bench_serve
 from hf_paged.cli.batch import OTHERS_PASSED_ON, run_batch
 from hf_paged.cli.bench import bench
 from hf_paged.cli.chat import chat, complete
@@ -17,6 +18,7 @@ app.command()(complete)
 app.command("run-batch", context_settings=OTHERS_PASSED_ON)(run_batch)
 app.command()(demo)
 app.command()(quantize)
+bench.command("serve")(bench_serve.serve)
 app.add_typer(bench, name="bench")
 
 
