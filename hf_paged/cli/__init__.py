@@ -18,7 +18,9 @@ app.command()(complete)
 app.command("run-batch", context_settings=OTHERS_PASSED_ON)(run_batch)
 app.command()(demo)
 app.command()(quantize)
-bench.command("serve")(bench_serve.serve)
+bench.command()(bench_serve.serve)
+bench.command()(bench_serve.server_overhead)
+bench.command()(bench_serve.structured)
 app.add_typer(bench, name="bench")
 
 

@@ -10,12 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_paged.cli.arguments import choose
-from hf_paged.cli.terminal import console, friendly, notes
+from hf_paged.cli.arguments import DEVICE_HELP, DTYPE_HELP, OPTION_HELP, choose, engine_options
+from hf_paged.cli.terminal import console, friendly, log, notes, show
 
 BACKENDS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 DATASETS = ("random", "sharegpt", "custom", "lognormal")
 SERVED_HELP = "smollm2, a shape with random weights (tiny, qwen3-0.6b, ...), or a folder or name on the hub."
+
+
+def served_models() -> list[str]:
+    """For the shell to complete."""
+    from hf_paged.bench.models import MODELS
+
+    return MODELS
 
 
 def serve(
@@ -239,3 +246,67 @@ def _tokenizer(name: str | None) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"there is no tokenizer {name!r}: {error}") from error
+
+
+def server_overhead(
+    model: Annotated[str, typer.Option(help=SERVED_HELP, autocompletion=served_models)] = "smollm2",
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 64,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed on either side; the median counts.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help=OPTION_HELP + " On one GPU, gpu_memory_utilization=0.4: two models share it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the server costs: the same requests over HTTP and straight to the engine, in turns.
+
+    The server runs in a process of its own, the engine in this one. Both need memory for the model, and cores: with
+    fewer than four, client and server are in each other's way and the server looks worse than it is.
+    """
+    choose("device", [device] if device else [], ["cpu", "cuda"])
+    options = engine_options(option or [])
+
+    def run() -> None:
+        from hf_paged.bench import overhead
+        from hf_paged.bench.child_server import ServedModel
+
+        result = overhead.run_overhead(
+            ServedModel(model, dtype, device, options), streams=streams, tokens=tokens, input_len=input_len,
+            rounds=rounds, log=log(as_json),
+        )  # fmt: skip
+        show(result, overhead.as_table, as_json)
+
+    friendly(run, ValueError, RuntimeError)
+
+
+def structured(
+    model: Annotated[str, typer.Option(help=SERVED_HELP, autocompletion=served_models)] = "smollm2",
+    json_schema: Annotated[Path | None, typer.Option(help="A file with the schema. Default: a small record.")] = None,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer at most.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed of either kind; the median counts.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What a JSON schema costs: constrained answers, and free ones of the same lengths, in turns."""
+    choose("device", [device] if device else [], ["cpu", "cuda"])
+    options = engine_options(option or [])
+
+    def run() -> None:
+        from hf_paged.bench import structured as report
+        from hf_paged.bench.child_server import ServedModel
+
+        schema = None if json_schema is None else json.loads(json_schema.read_text(encoding="utf-8"))
+        served = ServedModel(model, dtype, device, options)
+        result = report.run_structured(
+            served, schema, streams=streams, tokens=tokens, rounds=rounds, log=log(as_json)
+        )  # fmt: skip
+        show(result, report.as_table, as_json)
+
+    friendly(run, ValueError, RuntimeError)
