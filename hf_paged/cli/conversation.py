@@ -49,7 +49,8 @@ def tell(pieces: Iterator[Piece], *, stats: bool = False) -> Said:
     except KeyboardInterrupt:
         stopped = True
     finally:
-        _write("\n")
+        if text or stopped:
+            _write("\n")
     seconds = time.perf_counter() - start
     if stats and first is not None:
         notes.print(f"TTFT {first * 1000:.1f} ms, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
