@@ -34,6 +34,8 @@ def friendly(run: Callable[[], None], *errors: type[Exception]) -> None:
     said: tuple[type[Exception], ...] = (ImportError, FileNotFoundError, *errors)
     try:
         run()
+    except typer.Exit:  # a RuntimeError, and no error
+        raise
     except said as error:
         notes.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,35 +106,51 @@ async def answer_line(client: httpx.AsyncClient, line: BatchLine) -> dict[str, A
     return entry | {"response": told, "error": None}
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A line of the output, and when it was asked and answered (`time.monotonic`)."""
+
+    entry: dict[str, Any]
+    asked: float
+    came: float
+
+    @property
+    def status(self) -> int | None:
+        return None if self.entry["response"] is None else self.entry["response"]["status_code"]
+
+
 async def _answer_all(lines: Iterator[BatchLine], ask: Ask, output: BatchOutput, window: int, bar: tqdm) -> int:
     """Workers feed the engine and never wait for the disk; one task writes what has come meanwhile in one go."""
-    answers: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(4 * window)
+    answers: asyncio.Queue[_Answer | None] = asyncio.Queue(4 * window)
     bad = 0
 
     async def work() -> None:
         for line in lines:  # shared by all workers
-            await answers.put(await ask(line))
+            asked = time.monotonic()
+            await answers.put(_Answer(await ask(line), asked, time.monotonic()))
 
     async def write() -> None:
         nonlocal bad
-        failed: list[dict[str, Any]] = []
+        failed: list[_Answer] = []
         ended = False
         while not ended:
             new = [await answers.get()]
             while not answers.empty():
                 new.append(answers.get_nowait())
             ended = None in new
-            entries = [entry for entry in new if entry is not None]
-            good = [entry for entry in entries if not _engine_failed(entry)]
-            failed += [entry for entry in entries if _engine_failed(entry)]
-            if good:
-                # The engine goes on, so it was the requests' doing.
-                good, failed = failed + good, []
-                await asyncio.shield(asyncio.to_thread(output.append, good))
-                bar.update(len(good))
-                bad += sum(map(_is_error, good))
+            came = [answer for answer in new if answer is not None]
+            failed += [answer for answer in came if (answer.status or 0) >= 500]
+            # What was asked after a failure and has an answer shows that the engine goes on: the request was to blame.
+            healthy = max((answer.asked for answer in came if answer.status == 200), default=0.0)
+            sure = [answer for answer in failed if answer.came < healthy]
+            sure += [answer for answer in came if (answer.status or 0) < 500]
+            failed = [answer for answer in failed if answer.came >= healthy]
+            if sure:
+                await asyncio.shield(asyncio.to_thread(output.append, [answer.entry for answer in sure]))
+                bar.update(len(sure))
+                bad += sum(answer.status != 200 for answer in sure)
             if len(failed) > window or (ended and failed):
-                message = failed[0]["response"]["body"].get("error", {}).get("message", "no reason given")
+                message = failed[0].entry["response"]["body"].get("error", {}).get("message", "no reason given")
                 raise RuntimeError(
                     f"the engine fails ({message}): the last {len(failed)} requests have no answer. The same command "
                     "asks them again"
@@ -159,14 +177,6 @@ async def _answer_all(lines: Iterator[BatchLine], ask: Ask, output: BatchOutput,
             task.cancel()
         await asyncio.gather(*workers, writer, feeding, return_exceptions=True)
     return bad
-
-
-def _engine_failed(entry: dict[str, Any]) -> bool:
-    return entry["response"] is not None and entry["response"]["status_code"] >= 500
-
-
-def _is_error(entry: dict[str, Any]) -> bool:
-    return entry["response"] is None or entry["response"]["status_code"] != 200
 
 
 def batch(source: Path, target: Path, arguments: list[str], window: int | None) -> tuple[int, int, int]:

@@ -34,7 +34,9 @@ GREEDY = ["--temperature", "0", "--max-tokens", "8"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    make_model("Llama", max_position_embeddings=2048, eos_token_id=2).save_pretrained(folder)
+    model = make_model("Llama", max_position_embeddings=2048)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
