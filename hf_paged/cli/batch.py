@@ -49,10 +49,13 @@ def run_batch(
         try:
             total, before, bad = batch(input_file, output_file, arguments, window)
         except KeyboardInterrupt:
-            notes.print(f"stopped; the same command goes on with what is missing in {output_file}", markup=False)
+            notes.print(
+                f"stopped; the same command goes on with what is missing in {output_file}", markup=False, soft_wrap=True
+            )
             raise typer.Exit(130) from None
         earlier = f", {before} of them from before" if before else ""
         errors = f"; {bad} of the new ones are errors" if bad else ""
-        notes.print(f"{output_file} has the answers to all {total} requests{earlier}{errors}", markup=False)
+        told = f"{output_file} has the answers to all {total} requests{earlier}{errors}"
+        notes.print(told, markup=False, soft_wrap=True)
 
     friendly(run, ValueError, TypeError, OSError, RuntimeError)

@@ -171,7 +171,7 @@ def serve(
                 "max_concurrency": max_concurrency,
             }  # fmt: skip
             file = report.save(result, settings, folder=result_dir, name=result_filename, detailed=save_detailed)
-            notes.print(f"written: {file}", markup=False)
+            notes.print(f"written: {file}", markup=False, soft_wrap=True)
         if not result["completed"]:
             raise typer.Exit(1)
 
