@@ -252,6 +252,7 @@ def grown(process: subprocess.Popen[bytes], target: Path, size: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kill_9_and_again(checkpoint: Path, source: Path, target: Path) -> None:
     """Killed four times at random moments, stopped by Ctrl-C once, then left alone: each request has one answer, and
     greedy ones are those of a run that nobody disturbed."""
