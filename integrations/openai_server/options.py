@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_paged.bench.models import checkpoint
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
 from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
@@ -93,9 +94,11 @@ def parse_options(arguments: Sequence[str]) -> tuple[ServerOptions, EngineArgs]:
         given = _read_yaml(Path(str(given.pop("config")))) | given
     model = given.pop("model", None)
     if model is None:
-        raise ValueError("which model? hf-paged serve MODEL: a folder, a name on the hub, or a GGUF file")
+        raise ValueError("which model? hf-paged serve MODEL: a folder, a name on the hub, a GGUF file, or smollm2")
     server = {name: given.pop(name) for name in list(given) if name in SERVER_FIELDS}
-    return ServerOptions(**server), EngineArgs.parse(model, given)
+    if model != checkpoint(model):  # a name of ours is what clients should see, not where its file lies
+        server.setdefault("served_model_name", [model])
+    return ServerOptions(**server), EngineArgs.parse(checkpoint(model), given)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
