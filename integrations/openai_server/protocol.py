@@ -86,6 +86,12 @@ class SamplingFields(Body):
     early_stopping: bool | None = None
     guided_decoding_backend: str | None = None
 
+    # The routers of vLLM and SGLang write these into every request.
+    no_stop_trim: Literal[False] | None = None
+    return_hidden_states: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
+
     # Known, and not served.
     use_beam_search: Literal[False] | None = None
     mm_processor_kwargs: None = None

@@ -16,7 +16,7 @@ import pytest
 from replicas import CLIENT, Replica, free_port, nginx, replicas, running, wait_until
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
-LONG: dict[str, Any] = {"prompt": "The sea", "max_tokens": 500, "ignore_eos": True, "stream": True}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "The sea", "max_tokens": 500, "ignore_eos": True, "stream": True}
 needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 
 
@@ -99,7 +99,8 @@ def test_nginx_balances_by_connections(pair: list[Replica], least_conn: str) -> 
         CLIENT.stream("POST", least_conn + COMPLETION, json=LONG) as first,
         CLIENT.stream("POST", least_conn + COMPLETION, json=LONG) as second,
     ):
-        assert next(first.iter_lines()) and next(second.iter_lines())
+        lines = first.iter_lines(), second.iter_lines()  # kept: an iterator that is let go closes its stream
+        assert all(next(one) for one in lines)
         assert (first.status_code, second.status_code) == (200, 200)
         assert [replica.load for replica in pair] == [1, 1]
 
