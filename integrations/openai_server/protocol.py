@@ -17,7 +17,9 @@ TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    """Strict: a number in quotes or a boolean is no number, as the OpenAPI document has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(Body):

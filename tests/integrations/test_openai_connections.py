@@ -25,6 +25,7 @@ from hf_paged.integrations.openai_server.connections import timed_protocol
 
 COMPLETION = "/v1/completions"
 BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+JSON = {"Content-Type": "application/json"}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
@@ -115,7 +116,7 @@ def test_idle_connections_do_not_starve_others(live: Live) -> None:
     try:
         start = time.monotonic()
         assert CLIENT.get(live.url + "/health").status_code == 200
-        assert CLIENT.post(live.url + COMPLETION, content=BODY).status_code == 200
+        assert CLIENT.post(live.url + COMPLETION, json=json.loads(BODY)).status_code == 200
         assert time.monotonic() - start < 5
     finally:
         for connection in idle:
@@ -155,7 +156,7 @@ def test_unknown_content_types(live: Live, kind: str) -> None:
 
 def test_deep_and_large_bodies(live: Live) -> None:
     deep = b'{"prompt": "x", "metadata": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}"
-    assert CLIENT.post(live.url + COMPLETION, content=deep).status_code in (200, 400)
+    assert CLIENT.post(live.url + COMPLETION, content=deep, headers=JSON).status_code in (200, 400)
     schema: Any = {"type": "string"}
     for _ in range(400):
         schema = {"type": "array", "items": schema}
