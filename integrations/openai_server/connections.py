@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 def timed_protocol(timeout_s: float) -> type[H11Protocol]:
     """A protocol for uvicorn's `http` that closes a connection when the head of a request is not complete `timeout_s`
-    seconds after the connection was made, or after the head's first byte. uvicorn itself only closes connections that are
+    seconds after the connection was made, or after the head's first byte. uvicorn itself only closes those that are
     silent after a response.
     """
 

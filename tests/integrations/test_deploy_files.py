@@ -85,9 +85,10 @@ def test_manifests_fit_the_server(live: Live, overlay: str, tmp_path: Any) -> No
     assert spec["terminationGracePeriodSeconds"] > before_stop + options.drain_timeout_s
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert httpx.get(live.url + container[probe]["httpGet"]["path"]).status_code == 200
-    assert found["Service"]["spec"]["selector"].items() <= found["Deployment"]["spec"]["template"]["metadata"][
-        "labels"
-    ].items()
+    assert (
+        found["Service"]["spec"]["selector"].items()
+        <= found["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    )
     assert container["image"] == {"cpu": "hf-paged:cpu", "gpu": "hf-paged:cuda"}[overlay]
     claimed = [one["persistentVolumeClaim"]["claimName"] for one in spec["volumes"] if "persistentVolumeClaim" in one]
     assert claimed == [found["PersistentVolumeClaim"]["metadata"]["name"]]

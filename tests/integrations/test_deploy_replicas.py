@@ -45,13 +45,11 @@ def check_stream(pair: list[Replica], url: str) -> None:
         assert stream.status_code == 200 and next(lines)
         assert sum(replica.load for replica in pair) == 1
         assert list(lines)[-2] == "data: [DONE]"
-    aborted = sum(replica.metric("request_success_total") for replica in pair)
+    aborted = sum(counted(pair))
     with CLIENT.stream("POST", url + COMPLETION, json=LONG) as stream:
         next(stream.iter_lines())
     wait_until(lambda: sum(replica.load for replica in pair) == 0, 10, "the request of a client that left goes on")
-    wait_until(
-        lambda: sum(replica.metric("request_success_total") for replica in pair) == aborted + 1, 10, "is not counted"
-    )
+    wait_until(lambda: sum(counted(pair)) == aborted + 1, 10, "is not counted")
 
 
 def conversation(url: str, opening: str, turns: int, pair: list[Replica], parts: bool = False) -> list[int]:
@@ -61,14 +59,25 @@ def conversation(url: str, opening: str, turns: int, pair: list[Replica], parts:
     for turn in range(turns):
         text: Any = opening if turn == 0 else f"Go on, {turn}"
         messages.append({"role": "user", "content": [{"type": "text", "text": text}] if parts else text})
-        before = [replica.metric("request_success_total") for replica in pair]
+        before = counted(pair)
         found = CLIENT.post(url + CHAT, json={"messages": messages, "max_tokens": 4, "model": "tiny"})
         assert found.status_code == 200, found.text
         messages.append({"role": "assistant", "content": found.json()["choices"][0]["message"]["content"]})
-        grown = [replica.metric("request_success_total") - b for replica, b in zip(pair, before, strict=True)]
+        # An answer may be there before it is counted.
+        wait_for_count(pair, sum(before) + 1)
+        grown = [now - b for now, b in zip(counted(pair), before, strict=True)]
         assert sorted(grown) == [0, 1]
         places.append(grown.index(1))
     return places
+
+
+def wait_for_count(pair: list[Replica], count: float) -> None:
+    wait_until(lambda: sum(counted(pair)) == count, 10, f"{count:g} requests should be counted")
+
+
+def counted(pair: list[Replica]) -> list[float]:
+    """The requests that each replica has answered."""
+    return [replica.metric("request_success_total") for replica in pair]
 
 
 @needs_nginx
@@ -85,11 +94,12 @@ def test_nginx_keeps_a_conversation_at_one_replica(pair: list[Replica], tmp_path
         assert len({turns[0] for turns in places}) == 2, "all conversations are at one replica"
         # A key of the client's own goes before what it says.
         for field in ({"headers": {"X-Session-Id": "mine"}}, {"json": {"prompt_cache_key": "mine"}}):
-            before = [replica.metric("request_success_total") for replica in pair]
+            before = counted(pair)
             for i in range(6):
                 body = {"prompt": f"{i}", "max_tokens": 1} | field.get("json", {})
                 assert CLIENT.post(url + COMPLETION, json=body, headers=field.get("headers")).status_code == 200
-            grown = [replica.metric("request_success_total") - b for replica, b in zip(pair, before, strict=True)]
+            wait_for_count(pair, sum(before) + 6)
+            grown = [now - b for now, b in zip(counted(pair), before, strict=True)]
             assert sorted(grown) == [0, 6]
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the live server: requests made from it, right and wrong ones, are answered as it says."""
+"""The OpenAPI document against the live server: requests made from it are answered as it says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHECKS = [
     response_schema_conformance,
     status_code_conformance,
 ]
-"""All that are about single answers, but that whatever fits the schema is accepted: a token id may be outside the vocabulary."""
+"""Without the one that whatever fits the schema is accepted: a token id may be outside the vocabulary."""
 
 
 @pytest.fixture(scope="module")
