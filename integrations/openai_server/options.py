@@ -49,6 +49,7 @@ class ServerOptions:
     ssl_certfile: str | None = _option(None, "TLS: the certificate")
     ssl_ca_certs: str | None = _option(None, "TLS: certificates that clients' are checked with")
     max_request_bytes: int = _option(16 << 20, "larger bodies are answered with 413")
+    request_timeout_s: int = _option(60, "how long a request's headers, and then its body, may take to arrive")
     max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
     max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
     metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
@@ -57,9 +58,11 @@ class ServerOptions:
     disable_log_requests: bool = _option(True, "do not log requests")
 
     def __post_init__(self) -> None:
-        for name in ("port", "max_request_bytes", "max_queued_requests", "drain_timeout_s"):
+        for name in ("port", "max_request_bytes", "request_timeout_s", "max_queued_requests", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.request_timeout_s == 0:
+            raise ValueError("request_timeout_s must be positive: no request arrives in no time")
         for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) is not None and getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

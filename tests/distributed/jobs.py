@@ -345,7 +345,7 @@ def of_gpus(model: Any) -> list[list[list[int]]]:
     kinds = [
         SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
         SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=20, ignore_eos=True),
     ]
     found = []
     for kind in kinds * 2:
