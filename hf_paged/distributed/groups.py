@@ -120,6 +120,17 @@ def num_ranks(size: int, stages: int) -> int:
     return size * stages
 
 
+def check_expert_parallel(enabled: bool, size: int) -> None:
+    """Raises ValueError where experts are to be spread over the ranks of a group, and it has one."""
+    if not isinstance(enabled, bool):
+        raise ValueError(f"enable_expert_parallel must be True or False, got {enabled!r}")
+    if enabled and size == 1:
+        raise ValueError(
+            "enable_expert_parallel spreads experts over the ranks that share a layer, and there is one: set "
+            "tensor_parallel_size to more, or leave it out"
+        )
+
+
 def _own_device(device: torch.device | str | int | None) -> torch.device:
     place = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
     found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from hf_paged.distributed.errors import ParallelError, PeerLost
-from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join, num_ranks
+from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, check_expert_parallel, join, num_ranks
 from hf_paged.distributed.lockstep import ParallelEngine, follow
 from hf_paged.model.introspect import causal_lm
 
@@ -52,6 +52,7 @@ def load_part(
     revision: str | None = None,
     token: str | bool | None = None,
     options: dict[str, Any] | None = None,
+    enable_expert_parallel: bool = False,
 ) -> Any:
     """This rank's part of a checkpoint, wrapped: what `start` may build, the first argument bound. Arguments are those
     of `hf_paged.load`, and `options` for transformers."""
@@ -59,8 +60,9 @@ def load_part(
     from hf_paged.wrap import wrap
 
     model = load_model(
-        path_or_id, dtype, quantization, revision=revision, token=token, options=options, parallel=parallel
-    )
+        path_or_id, dtype, quantization, revision=revision, token=token, options=options, parallel=parallel,
+        expert_parallel=enable_expert_parallel,
+    )  # fmt: skip
     return wrap(model, config, tokenizer=tokenizer)
 
 
@@ -84,6 +86,7 @@ def load_on_ranks(
     Raises:
         as `start`, `join` and `hf_paged.load`.
     """
+    check_expert_parallel(options.get("enable_expert_parallel", False), tensor_parallel_size)
     build: Build = functools.partial(load_part, path_or_id, **options)
     if "RANK" in os.environ:
         return build(join(tensor_parallel_size, device, timeout_s, stages=pipeline_parallel_size)), None

@@ -43,6 +43,22 @@ class SplitInput:
         return args[0][..., self.start : self.end], *args[1:]
 
 
+class OwnExperts:
+    """Forward pre-hook of stacked experts: this rank has those from `start` to `end`, and the others' weights are 0.
+
+    Takes `(hidden, ids, weights)`: `[tokens, hidden]`, and `[tokens, k]` of the experts that the router chose. One
+    that is elsewhere gets the number after the last one here, which transformers skips.
+    """
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, ids, weights = args
+        absent = (ids < self.start) | (ids >= self.end)
+        return hidden, (ids - self.start).masked_fill(absent, self.end - self.start), weights.masked_fill(absent, 0)
+
+
 class Lookup:
     """The forward of an embedding that holds the rows from `start` to `end` of a larger one.
 

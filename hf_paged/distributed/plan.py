@@ -19,7 +19,7 @@ from hf_paged.quantization.w4 import W4Linear
 
 Range = tuple[int, int]
 
-WHOLE = {"replicated_with_grad_allreduce", "replicate", "mla_kv_a_proj", "local_params"}
+WHOLE = {"replicated_with_grad_allreduce", "replicate", "mla_kv_a_proj", "local_params", "ep_router"}
 """Styles of what every rank has whole, and computes whole, in a forward."""
 KINDS = (nn.Linear, W4Linear, FP8Linear)
 
@@ -81,6 +81,8 @@ class ShardPlan:
     """Modules that are given more columns than they take: which."""
     lookups: dict[str, Range] = field(default_factory=dict)
     """Embeddings: the token ids that this rank holds."""
+    experts: dict[str, Range] = field(default_factory=dict)
+    """Modules of experts that are whole, each on one rank: those of this one."""
     key_value_groups: dict[str, int] = field(default_factory=dict)
     """Attention modules: query heads per key head, as they are on a rank."""
 
@@ -103,19 +105,47 @@ def spread(total: int, size: int) -> list[Range]:
     return [(min(rank * each, total), min((rank + 1) * each, total)) for rank in range(size)]
 
 
-def make_plan(lm: Any, rank: int, size: int) -> ShardPlan:
+def make_plan(lm: Any, rank: int, size: int, *, expert_parallel: bool = False) -> ShardPlan:
     """What a rank holds of a transformers model, which may be on the meta device.
+
+    Args:
+        expert_parallel: a rank has whole experts of a mixture, not a part of every one.
 
     Raises:
         PlanError: the model has no plan, or one that cannot be followed with so many ranks.
     """
     styles = getattr(lm, "_tp_plan", None) or {}
+    if expert_parallel:
+        plan = _Planner(lm, rank, size).plan(_with_whole_experts(lm, styles))
+        if not plan.experts and not any(isinstance(module, StandIn) for module in lm.modules()):
+            raise PlanError(f"this {type(lm).__name__} has no experts: leave enable_expert_parallel out")
+        return plan
     if not any(style in ("colwise", "rowwise", "rowwise_split_input", "packed_colwise") for style in styles.values()):
         raise PlanError(
             f"{type(lm).__name__} has no tensor-parallel plan (base_model_tp_plan in its config class), so its layers "
             "cannot be spread over GPUs"
         )
     return _Planner(lm, rank, size).plan(styles)
+
+
+def _with_whole_experts(lm: Any, styles: dict[str, str]) -> dict[str, str]:
+    """A model's tensor-parallel plan with its expert-parallel one in the place of what both speak of.
+
+    Raises:
+        PlanError: there is no such plan.
+    """
+    # Until transformers 5.19 a module of whole experts had the style of one that has a part of each.
+    own = {
+        name: "ep_dispatch_experts" if style == "moe_tp_experts" else style
+        for name, style in (getattr(lm, "_ep_plan", None) or {}).items()
+    }
+    if "grouped_gemm" not in own.values():
+        raise PlanError(
+            f"{type(lm).__name__} has no expert-parallel plan (base_model_ep_plan in its config class): it is no "
+            "mixture of experts, or one whose experts cannot be spread whole; leave enable_expert_parallel out"
+        )
+    others = {name: style for name, style in styles.items() if not any(f"{name}.".startswith(f"{one}.") for one in own)}
+    return others | own
 
 
 class _Planner:
@@ -144,6 +174,8 @@ class _Planner:
             self._embedding(name, module)
         elif style in ("moe_tp_experts", "all_reduce"):
             self._sum_experts(name, module)
+        elif style == "ep_dispatch_experts":
+            self._whole_experts(name, module)
         elif isinstance(module, KINDS) and style in _LINEAR:
             _LINEAR[style](self, name, module)
         else:
@@ -225,6 +257,8 @@ class _Planner:
         shape = self._parameters[name].shape
         if style == "packed_colwise" and len(shape) == 3:
             self._plan.tensors[name] = Cut(1, self._halves(name, shape[1]))
+        elif style == "grouped_gemm":
+            self._plan.tensors[name] = Cut(0, (self._share(name, "experts", shape[0]),))
         elif style == "rowwise" and len(shape) == 3:
             self._plan.tensors[name] = Cut(2, (self._share(name, "inputs", shape[2]),))
         elif style == "colwise" and len(shape) in (1, 3):
@@ -238,7 +272,22 @@ class _Planner:
 
     def _sum_experts(self, name: str, module: Any) -> None:
         if getattr(module, "has_bias", False) or getattr(module, "is_transposed", False):
-            raise PlanError(f"{name}: experts with biases, or with transposed weights, cannot be cut yet")
+            raise PlanError(
+                f"{name}: experts with biases, or with transposed weights, cannot be cut: leave each of them whole on "
+                "one rank with enable_expert_parallel=True"
+            )
+        self._plan.sums.append(name)
+
+    def _whole_experts(self, name: str, module: Any) -> None:
+        stacked = [parameter.shape[0] for parameter in module.parameters(recurse=False)]
+        if not hasattr(module, "num_experts") or len(set(stacked)) != 1:
+            raise PlanError(f"{name} ({type(module).__name__}) is not made of stacked experts, as its plan has it")
+        if getattr(module, "has_bias", False) and module.config._experts_implementation == "eager":
+            raise PlanError(  # it knows of no number for an expert that is elsewhere
+                f'{name}: experts_implementation="eager" cannot be had with experts that have biases and are on '
+                'several ranks: take "grouped_mm"'
+            )
+        self._plan.experts[name] = self._share(name, "experts", stacked[0])
         self._plan.sums.append(name)
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_paged.distributed.groups import TensorParallel
-from hf_paged.distributed.layers import GatherOutput, Lookup, SplitInput, SumOutput
+from hf_paged.distributed.groups import TensorParallel, check_expert_parallel
+from hf_paged.distributed.layers import GatherOutput, Lookup, OwnExperts, SplitInput, SumOutput
 from hf_paged.distributed.pipeline import cut_stage
 from hf_paged.distributed.plan import LinearCut, PlanError, ShardPlan, make_plan
 from hf_paged.quantization.fp8 import FP8Linear
@@ -24,7 +24,7 @@ def parallel_of(lm: nn.Module) -> TensorParallel | None:
 
 
 @torch.no_grad()
-def shard(lm: Any, parallel: TensorParallel) -> Any:
+def shard(lm: Any, parallel: TensorParallel, *, enable_expert_parallel: bool = False) -> Any:
     """Cuts a whole model down to this rank's part, in place, tensor by tensor; every rank does so.
 
     The model then computes what the whole one did, as long as all ranks compute together. It is for inference: sums
@@ -33,6 +33,7 @@ def shard(lm: Any, parallel: TensorParallel) -> Any:
     Args:
         lm: a transformers causal LM with the same weights on every rank; or one that transformers has cut up itself
             (`tp_plan="auto"`), whose tensors are put together again one by one.
+        enable_expert_parallel: leave each rank whole experts of a mixture, not a part of every one.
 
     Returns:
         the model.
@@ -40,24 +41,31 @@ def shard(lm: Any, parallel: TensorParallel) -> Any:
     Raises:
         PlanError: it cannot be cut over so many ranks; it is unchanged then.
     """
-    plan = plan_part(lm, parallel)
+    plan = plan_part(lm, parallel, expert_parallel=enable_expert_parallel)
     cut_model(lm, plan, parallel.rank)
     install(lm, plan, parallel)
     return lm
 
 
-def plan_part(lm: Any, parallel: TensorParallel) -> ShardPlan:
+def plan_part(lm: Any, parallel: TensorParallel, *, expert_parallel: bool = False) -> ShardPlan:
     """Leaves a model, which may be on the meta device, the layers of this rank's stage, and says what this rank has of
     them.
 
     Raises:
         PlanError: it cannot be cut over so many ranks.
+        ValueError: whole experts are to be spread over one rank.
     """
+    check_expert_parallel(expert_parallel, parallel.size)
+
+    def plan() -> ShardPlan:
+        return make_plan(lm, parallel.rank, parallel.size, expert_parallel=expert_parallel)
+
     if parallel.pipeline is None:
-        return make_plan(lm, parallel.rank, parallel.size)
-    plan = ShardPlan() if parallel.size == 1 else make_plan(lm, parallel.rank, parallel.size)  # refuses early
+        return plan()
+    if parallel.size > 1:
+        plan()  # refuses early
     cut_stage(lm, parallel.pipeline)
-    return plan if parallel.size == 1 else make_plan(lm, parallel.rank, parallel.size)
+    return plan() if parallel.size > 1 else ShardPlan()
 
 
 @torch.no_grad()
@@ -95,6 +103,10 @@ def install(lm: Any, plan: ShardPlan, parallel: TensorParallel) -> None:
             module.out_features = sum(end - start for start, end in cut.outputs)
         elif cut.inputs is not None:
             module.in_features = cut.inputs[1] - cut.inputs[0]
+    for name, (start, end) in plan.experts.items():
+        experts = lm.get_submodule(name)
+        experts.num_experts, experts._is_expert_parallel = end - start, True
+        experts.register_forward_pre_hook(OwnExperts(start, end))
     for name, groups in plan.key_value_groups.items():
         lm.get_submodule(name).num_key_value_groups = groups
     for name in plan.sums:

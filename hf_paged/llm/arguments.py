@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.groups import check_expert_parallel
 from hf_paged.distributed.launch import Ranks, load_on_ranks
 from hf_paged.quantization.load import load
 from hf_paged.wrap import wrap
@@ -114,6 +115,8 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    """The ranks of `tensor_parallel_size` hold whole experts of a mixture each, not a part of every one."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Fields of `EngineConfig` by their own names: gpu_memory_utilization, max_num_seqs, kv_cache_dtype, ..."""
 
@@ -203,7 +206,8 @@ class EngineArgs:
             options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
             return load_on_ranks(
                 self.model, self.tensor_parallel_size, device=self.device, dtype=dtype, quantization=quantization,
-                options=options, pipeline_parallel_size=self.pipeline_parallel_size, **common,
+                options=options, pipeline_parallel_size=self.pipeline_parallel_size,
+                enable_expert_parallel=self.enable_expert_parallel, **common,
             )  # fmt: skip
         model = load(
             self.model, dtype, quantization, self.device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
@@ -242,6 +246,7 @@ def check_parallel(args: EngineArgs) -> None:
                 f"{name}={size}: this version spreads a model by tensor_parallel_size and pipeline_parallel_size "
                 "alone; set it to 1"
             )
+    check_expert_parallel(args.enable_expert_parallel, args.tensor_parallel_size)
 
 
 def _say_unused(name: str, value: Any) -> None:

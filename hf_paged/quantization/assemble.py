@@ -48,10 +48,7 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
     Raises:
         ValueError: tensors are missing or of another shape or dtype, or no layer is quantised.
     """
-    by_module: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for name, entry in checkpoint.entries.items():
-        module, _, part = name.rpartition(".")
-        by_module[module][part] = entry
+    by_module = _by_module(checkpoint)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     layers: dict[str, list[str]] = {}
     missing: list[str] = []
@@ -101,14 +98,27 @@ def plan_loading(model: Any, checkpoint: Checkpoint, format: Format) -> Plan:
 
 
 def plan_plain(model: Any, checkpoint: Checkpoint) -> Plan | None:
-    """What is read of a checkpoint that is not quantised, where its tensors are the model's, name by name; None where
-    they must be converted first, as transformers knows to."""
+    """What is read of a checkpoint that is not quantised, where its tensors are the model's, name by name, or experts
+    that the model has stacked; None where they must be converted in another way first, as transformers knows to."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: entry.shape for name, entry in checkpoint.entries.items()}
     present = [name for name, shape in expected.items() if found.get(name) == shape]
     tied = {end for pair in ties.items() for end in pair if end not in present and not set(pair).isdisjoint(present)}
-    return None if expected.keys() - set(present) - tied else Plan({}, present, tied, {})
+    if not (absent := expected.keys() - set(present) - tied):
+        return Plan({}, present, tied, {})
+    stacking = plan_experts(model, _by_module(checkpoint), checkpoint, None)
+    whole = absent == stacking.pieces.keys() and not stacking.missing
+    return Plan({}, present, tied, stacking.pieces) if whole else None
+
+
+def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, Entry]]:
+    """A checkpoint's tensors by module and the last part of their names."""
+    found: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for name, entry in checkpoint.entries.items():
+        module, _, part = name.rpartition(".")
+        found[module][part] = entry
+    return found
 
 
 def assemble(
@@ -126,7 +136,7 @@ def assemble(
     """Reads what the plan says into the model, tensor by tensor, so that nothing is in memory twice for long.
 
     Args:
-        format: None where the plan has no quantised layers.
+        format: None where the checkpoint is not quantised.
         dtype: of activations and of dequantised weights.
         dequantized: put ordinary linear layers in the places of the quantised ones.
         shards, rank: which part of the model to read, and for whom; None is all of it.
@@ -142,10 +152,8 @@ def assemble(
             layer = cut_quantised(layer, shards.linears[name], rank)  # type: ignore[arg-type]
         model.set_submodule(name, plain_linear(layer.dequantize(dtype), layer.bias) if dequantized else layer)
     for name, pieces in plan.experts.items():
-        assert format is not None
-        stacked = read_experts(model.get_parameter(name), pieces, checkpoint, format, device)
         cut = shards.cut_of(name) if shards is not None else None
-        place(model, name, stacked if cut is None else cut.of(stacked), None)
+        place(model, name, read_experts(model.get_parameter(name), pieces, checkpoint, format, device, cut), None)
     if any(piece.quantized for pieces in plan.experts.values() for piece in pieces) and not dequantized:
         logger.info("%s: quantised experts are dequantised to %s", checkpoint.folder, str(dtype).removeprefix("torch."))
     # Kept in float32, as transformers itself does.

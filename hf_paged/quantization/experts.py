@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from hf_paged.distributed.plan import Cut
 from hf_paged.quantization.checkpoint import Checkpoint, Entry, TensorSpec
 from hf_paged.quantization.formats.base import Format
 from hf_paged.quantization.layers import layer_specs, read_layer
@@ -59,13 +60,14 @@ def rename(model: Any, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plan_experts(
-    model: Any, by_module: Mapping[str, Mapping[str, Entry]], checkpoint: Checkpoint, format: Format
+    model: Any, by_module: Mapping[str, Mapping[str, Entry]], checkpoint: Checkpoint, format: Format | None
 ) -> Stacking:
     """Finds experts among a checkpoint's layers.
 
     Args:
         model: on the meta device.
         by_module: the checkpoint's entries by layer and the last part of their names.
+        format: None where the checkpoint is not quantised.
 
     Raises:
         ValueError: their tensors are of another shape or dtype.
@@ -82,9 +84,9 @@ def plan_experts(
             _, outputs, inputs = stacked[name].shape
             height = outputs // len(conversion.source_patterns)
             place = conversion.source_patterns.index(pattern)
-            quantized = format.holds(found)
+            quantized = format is not None and format.holds(found)
             specs = {"weight": TensorSpec(((height, inputs),))}
-            if quantized:
+            if format is not None and quantized:
                 specs = layer_specs(layer, inputs, height, format, checkpoint)
             missing += [f"{layer}.{part}" for part, spec in specs.items() if spec.required and part not in found]
             parts = [part for part in specs if part in found]
@@ -101,19 +103,29 @@ def plan_experts(
 
 
 def read_experts(
-    parameter: Tensor, pieces: list[Piece], checkpoint: Checkpoint, format: Format, device: torch.device
+    parameter: Tensor,
+    pieces: list[Piece],
+    checkpoint: Checkpoint,
+    format: Format | None,
+    device: torch.device,
+    cut: Cut | None = None,
 ) -> Tensor:
-    """A parameter stacked from its layers, in the dtype and shape of the one on the meta device."""
-    stacked = torch.empty_like(parameter, device=device)
+    """A parameter stacked from its layers, in the dtype and shape of the one on the meta device, or the part of it that
+    a rank holds. Of experts that are not in this part nothing is read."""
+    experts = range(*cut.ranges[0]) if cut is not None and cut.dim == 0 else range(parameter.shape[0])
+    stacked = torch.empty_like(parameter[: len(experts)], device=device)
     for piece in pieces:
+        if piece.expert not in experts:
+            continue
         if piece.quantized:
+            assert format is not None
             layer = read_layer(piece.layer, piece.parts, checkpoint, format, parameter.dtype, device)
             weight = layer.dequantize(parameter.dtype)
         else:
             name = f"{piece.layer}.weight"
             weight = checkpoint.read([name], device)[name]
-        stacked[piece.expert, piece.rows] = weight
-    return stacked
+        stacked[experts.index(piece.expert), piece.rows] = weight
+    return stacked if cut is None or cut.dim == 0 else cut.of(stacked)
 
 
 def _stacks(conversion: Any) -> bool:

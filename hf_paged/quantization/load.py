@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hf_paged.config import EngineConfig
-from hf_paged.distributed.groups import TensorParallel, join, num_ranks
+from hf_paged.distributed.groups import TensorParallel, check_expert_parallel, join, num_ranks
 from hf_paged.distributed.plan import ShardPlan
 from hf_paged.distributed.shard import cut_model, install, plan_part
 from hf_paged.quantization import bitsandbytes
@@ -59,6 +59,7 @@ def load(
     hf_overrides: Mapping[str, Any] | None = None,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    enable_expert_parallel: bool = False,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -86,6 +87,8 @@ def load(
         tensor_parallel_size: processes that share the model's layers, as torchrun started them; each reads its part
             alone. All of them make this call, and every later one.
         pipeline_parallel_size: groups of such processes, each with some of the layers.
+        enable_expert_parallel: each of `tensor_parallel_size` processes has whole experts of a mixture, not a part of
+            every one.
 
     Returns:
         the model, in eval mode.
@@ -100,11 +103,13 @@ def load(
     engine_config = (config or EngineConfig()).with_changes(**overrides)
     options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
     parallel = None
+    check_expert_parallel(enable_expert_parallel, tensor_parallel_size)
     if num_ranks(tensor_parallel_size, pipeline_parallel_size) > 1:
         parallel = join(tensor_parallel_size, device, stages=pipeline_parallel_size)
     model = load_model(
-        path_or_id, dtype, quantization, device, revision=revision, token=token, options=options, parallel=parallel
-    )
+        path_or_id, dtype, quantization, device, revision=revision, token=token, options=options, parallel=parallel,
+        expert_parallel=enable_expert_parallel,
+    )  # fmt: skip
     return wrap(model, engine_config, tokenizer=tokenizer)
 
 
@@ -118,9 +123,10 @@ def load_model(
     token: str | bool | None = None,
     options: dict[str, Any] | None = None,
     parallel: TensorParallel | None = None,
+    expert_parallel: bool = False,
 ) -> Any:
-    """A model as `load` makes it, not wrapped; with `parallel` this rank's part of it. `options` are for
-    transformers."""
+    """A model as `load` makes it, not wrapped; with `parallel` this rank's part of it, and with `expert_parallel` whole
+    experts. `options` are for transformers."""
     dtype, options = parse_dtype(dtype), options or {}
     if parallel is not None:
         device = parallel.device
@@ -130,7 +136,7 @@ def load_model(
         if wanted not in (None, "auto"):
             raise ValueError(f"a GGUF file is dequantised, and quantization={quantization!r} was asked for")
         model = _load_gguf(Path(path_or_id), dtype, options)
-        return (model.to(device) if parallel is None else _part_of(model, parallel)).eval()
+        return (model.to(device) if parallel is None else _part_of(model, parallel, expert_parallel)).eval()
     folder = find_folder(path_or_id, revision, token)
     found = quantization_config(folder)
     method = found[0] if found else None
@@ -148,7 +154,10 @@ def load_model(
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's mode
         if found is not None and method in FORMATS:
             dequantized = wanted is None
-            model = _load_quantized(folder, *found, dtype, device, options, dequantized=dequantized, parallel=parallel)
+            model = _load_quantized(
+                folder, *found, dtype, device, options, dequantized=dequantized, parallel=parallel,
+                expert_parallel=expert_parallel,
+            )  # fmt: skip
         elif bitsandbytes.METHOD in (method, wanted):
             if method is None and as_config is None:
                 as_config = bitsandbytes.nf4(dtype or _dtype_of(AutoConfig.from_pretrained(folder, **options)))
@@ -160,7 +169,7 @@ def load_model(
             if parallel is None:
                 model = load_plain(folder, dtype, **options)
             else:
-                model, shards = _load_parts(folder, dtype, options, parallel)
+                model, shards = _load_parts(folder, dtype, options, parallel, expert_parallel)
             if wanted == "fp8":
                 _quantize_linears(model, device)
             model.to(device)
@@ -169,9 +178,9 @@ def load_model(
     return model.eval()
 
 
-def _part_of(model: Any, parallel: TensorParallel) -> Any:
+def _part_of(model: Any, parallel: TensorParallel, expert_parallel: bool) -> Any:
     """This rank's part of a model that was loaded whole."""
-    shards = plan_part(model, parallel)
+    shards = plan_part(model, parallel, expert_parallel=expert_parallel)
     cut_model(model, shards, parallel.rank)
     model.to(parallel.device)
     install(model, shards, parallel)
@@ -179,13 +188,14 @@ def _part_of(model: Any, parallel: TensorParallel) -> Any:
 
 
 def _load_parts(
-    folder: Path, dtype: torch.dtype | None, options: dict[str, Any], parallel: TensorParallel
+    folder: Path, dtype: torch.dtype | None, options: dict[str, Any], parallel: TensorParallel, expert_parallel: bool
 ) -> tuple[Any, ShardPlan]:
     """This rank's part of a model that is not quantised, and what is to be installed around it."""
     checkpoint = open_checkpoint(folder) if any(folder.glob("*.safetensors*")) else None
     config = AutoConfig.from_pretrained(folder, **options)
     model = _empty_model(config, found := dtype or _dtype_of(config), options)
-    shards = plan_part(model, parallel)
+    shards = plan_part(model, parallel, expert_parallel=expert_parallel)
+    checkpoint = rename(model, checkpoint) if checkpoint is not None else None
     plan = plan_plain(model, checkpoint) if checkpoint is not None else None
     if checkpoint is not None and plan is not None:
         assemble(
@@ -198,7 +208,7 @@ def _load_parts(
         "%s: its tensors must be converted, so that each rank reads all of them before it keeps its part", folder
     )
     model = load_plain(folder, dtype, **options)
-    shards = plan_part(model, parallel)
+    shards = plan_part(model, parallel, expert_parallel=expert_parallel)
     cut_model(model, shards, parallel.rank)
     return model, shards
 
@@ -274,6 +284,7 @@ def _load_quantized(
     *,
     dequantized: bool,
     parallel: TensorParallel | None = None,
+    expert_parallel: bool = False,
 ) -> Any:
     format = _format(folder, method, options)
     checkpoint = open_checkpoint(folder)
@@ -281,7 +292,7 @@ def _load_quantized(
     dtype = dtype or _dtype_of(config)
     config.quantization_config = None if dequantized else options
     model = _empty_model(config, dtype, loading)
-    shards = None if parallel is None else plan_part(model, parallel)
+    shards = None if parallel is None else plan_part(model, parallel, expert_parallel=expert_parallel)
     checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
     if parallel is None or shards is None:

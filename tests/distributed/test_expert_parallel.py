@@ -1,0 +1,165 @@
+"""Mixtures whose ranks have whole experts compute what they compute in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import expert_jobs
+import jobs
+import pytest
+import ranks
+import torch
+from families import make_model
+from quantization.test_experts import write_mixture
+from test_parallel import assert_same, run
+
+import hf_paged
+from hf_paged.distributed.groups import check_expert_parallel
+from hf_paged.distributed.layers import OwnExperts
+from hf_paged.distributed.plan import PlanError, make_plan
+from hf_paged.llm.arguments import EngineArgs
+
+FAMILIES = list(expert_jobs.FAMILIES)
+
+
+def alone(family: str) -> dict[str, Any]:
+    return expert_jobs.generate_and_weigh(hf_paged.wrap(expert_jobs.mixture(family), **jobs.OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run("expert_families", 2, tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(found: list[dict[str, Any]], family: str) -> None:
+    expected = alone(family)
+    assert expected["modules"] >= 3 and len({tuple(ids) for ids in expected["greedy"]}) > 1
+    for rank in found:
+        assert_same(rank[family, 1], expected)
+        assert rank[family, 1]["bytes"] == expected["bytes"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["expert_families"])
+def test_four_ranks(tmp_path: Path, job: str) -> None:
+    """With an expert each, and as two stages of two ranks."""
+    results = run(job, 4, tmp_path)
+    for family in FAMILIES:
+        expected = alone(family)
+        for rank in results:
+            assert_same(rank[family, 1], expected)
+            assert_same(rank[family, 2], expected)
+            assert rank[family, 1]["bytes"] == expected["bytes"] / 4
+            assert rank[family, 2]["bytes"] in (0, expected["bytes"] / 2)
+        assert any(rank[family, 2]["modules"] < expected["modules"] for rank in results)
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    expected = alone("Qwen3Moe")
+    for rank in run("expert_compiled", 2, tmp_path):
+        assert_same(rank, expected)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    for family in FAMILIES:
+        expert_jobs.mixture(family).save_pretrained(folder / family)
+    write_mixture(folder / "quantised", "Qwen3Moe", "gptq")
+    write_mixture(folder / "quantised Mixtral", "Mixtral", "fp8 in small blocks")
+    make_model("Llama").save_pretrained(folder / "dense")
+    make_model("Qwen3Moe", num_experts=3).save_pretrained(folder / "three experts")
+    make_model("Qwen3Moe", mlp_only_layers=[0, 1, 2]).save_pretrained(folder / "no experts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out: Path = tmp_path_factory.mktemp("out")
+    results = ranks.finish(ranks.start("expert_checkpoints", 2, out, str(folder)), out)
+    assert all(result is not None for result in results), ranks.logs(out, 2)
+    return results
+
+
+@pytest.mark.parametrize("name", expert_jobs.CHECKPOINTS)
+def test_checkpoints(folder: Path, loaded: list[dict[str, Any]], name: str) -> None:
+    quantization = expert_jobs.CHECKPOINTS[name]
+    whole = hf_paged.load(folder / name, quantization=quantization, device="cpu", **jobs.OPTIONS)
+    expected = expert_jobs.generate_and_weigh(whole)
+    for rank in loaded:
+        assert rank[name]["greedy"] == expected["greedy"] and rank[name]["sampled"] == expected["sampled"]
+        assert rank[name]["bytes"] == expected["bytes"] / 2
+
+
+def test_a_model_whose_experts_transformers_has_spread(loaded: list[dict[str, Any]]) -> None:
+    for rank in loaded:
+        assert_same(rank["transformers' own"], rank["Mixtral"])
+        assert rank["transformers' own"]["bytes"] == rank["Mixtral"]["bytes"]
+
+
+def test_refused_checkpoints(loaded: list[dict[str, Any]]) -> None:
+    for rank in loaded:
+        for name, message in {
+            "dense": "LlamaForCausalLM has no expert-parallel plan",
+            "three experts": "layers.0.mlp.experts has 3 experts, which 2 ranks cannot share evenly",
+            "no experts": "this Qwen3MoeForCausalLM has no experts",
+            "parts of biased experts": "GptOssForCausalLM has no tensor-parallel plan",
+        }.items():
+            kind, said, _ = rank[name]
+            assert kind == "PlanError" and message in said
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_cuts_what_it_can(family: str) -> None:
+    """Experts by their number, and everything else as without them."""
+    model = make_model(family)
+    plan = make_plan(model, 1, 2, expert_parallel=True)
+    assert set(plan.experts.values()) == {(2, 4)}
+    experts = {name: cut for name, cut in plan.tensors.items() if ".experts." in name}
+    assert len(experts) == len(plan.experts) * (4 if family == "GptOss" else 2)
+    assert {(cut.dim, cut.ranges) for cut in experts.values()} == {(0, ((2, 4),))}
+    assert plan.gathers and plan.lookups
+    if family != "GptOss":
+        parts = make_plan(model, 1, 2)
+        assert plan.linears == parts.linears and sorted(plan.sums) == sorted(parts.sums)
+
+
+def test_own_experts() -> None:
+    ids, weights = torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.5, 0.25], [0.125, 1.0]])
+    hidden = torch.ones(2, 3)
+    same, local, own = OwnExperts(2, 4)(torch.nn.Identity(), (hidden, ids, weights))
+    assert same is hidden
+    assert local.tolist() == [[2, 1], [0, 2]]
+    assert own.tolist() == [[0, 0.25], [0.125, 0]]
+    assert ids.tolist() == [[0, 3], [2, 1]] and weights[0, 0] == 0.5, "the router's are as they were"
+
+
+def test_experts_that_are_not_stacked() -> None:
+    model = make_model("Mixtral")
+    model.model.layers[1].mlp.experts.odd = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(PlanError, match=r"layers.1.mlp.experts \(MixtralExperts\) is not made of stacked experts"):
+        make_plan(model, 0, 2, expert_parallel=True)
+
+
+def test_biased_experts_one_after_the_other() -> None:
+    model = make_model("GptOss", experts_implementation="eager")
+    with pytest.raises(PlanError, match='experts_implementation="eager" cannot be had'):
+        make_plan(model, 0, 2, expert_parallel=True)
+
+
+def test_one_rank() -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size to more"):
+        hf_paged.load("nowhere", enable_expert_parallel=True)
+    with pytest.raises(ValueError, match="tensor_parallel_size to more"):
+        EngineArgs.parse("nowhere", {"enable_expert_parallel": True, "pipeline_parallel_size": 2})
+    with pytest.raises(ValueError, match="must be True or False, got 'yes'"):
+        check_expert_parallel("yes", 2)  # type: ignore[arg-type]
