@@ -60,7 +60,9 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         already.drop_engine()
     lm = causal_lm(model)
     if (getattr(lm, "_tp_size", None) or 1) > 1 and parallel_of(lm) is None:
-        shard(lm, join(lm._tp_size, next(lm.parameters()).device))  # transformers has cut it up
+        # transformers has cut it up, and experts by their number or each of them.
+        whole = any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
+        shard(lm, join(lm._tp_size, next(lm.parameters()).device), enable_expert_parallel=whole)
     for part in {id(lm): lm, id(model): model}.values():
         if not isinstance(part, PagedGenerationMixin):
             part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]

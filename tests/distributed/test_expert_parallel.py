@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         expert_jobs.mixture(family).save_pretrained(folder / family)
     write_mixture(folder / "quantised", "Qwen3Moe", "gptq")
-    write_mixture(folder / "quantised Mixtral", "Mixtral", "fp8 in small blocks")
+    write_mixture(folder / "quantised Mixtral", "Mixtral", "compressed fp8, one scale")
     make_model("Llama").save_pretrained(folder / "dense")
     make_model("Qwen3Moe", num_experts=3).save_pretrained(folder / "three experts")
     make_model("Qwen3Moe", mlp_only_layers=[0, 1, 2]).save_pretrained(folder / "no experts")
