@@ -157,6 +157,28 @@ def qwen2_5_32b() -> Any:
     )
 
 
+def qwen3_30b_a3b() -> Any:
+    """Qwen3-30B-A3B, a mixture of 128 experts of which a token meets 8."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is read where it is set, and not declared
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    )
+
+
 def llama_3_1_70b() -> Any:
     """Llama-3.1-70B, without its scaling of rotary frequencies: that changes no cost."""
     from transformers import LlamaConfig
@@ -181,6 +203,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "qwen2.5-1.5b": qwen2_5_1_5b,
     "llama-3.1-8b": llama_3_1_8b,
     "qwen2.5-32b": qwen2_5_32b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
     "llama-3.1-70b": llama_3_1_70b,
 }
 MODELS = ["smollm2", *SHAPES]

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 -m hf_paged.bench.parallel llama-3.1-8b --batches 1,128 --tp 2
     torchrun --nproc-per-node 2 -m hf_paged.bench.parallel llama-3.1-8b --batches 1,128 --pp 2
+    torchrun --nproc-per-node 2 -m hf_paged.bench.parallel qwen3-30b-a3b --batches 1,128 --tp 2 --ep
 
 Weights are random, and each rank makes its own part alone. Rank 0 prints a table and a line of JSON. With neither it is
 one GPU, without torchrun. A step of a pipeline is one of all its micro-batches: a token for every sequence.
@@ -26,7 +27,7 @@ from torch import Tensor
 import hf_paged
 from hf_paged.bench.models import DTYPES, QUANTIZATIONS, SHAPES, quantized, random_model
 from hf_paged.distributed.collectives import all_reduce, pushed_bytes
-from hf_paged.distributed.groups import TensorParallel, join
+from hf_paged.distributed.groups import TensorParallel, check_expert_parallel, join
 from hf_paged.distributed.shard import install, plan_part
 from hf_paged.engine.engine import Engine
 from hf_paged.quantization.assemble import compute_buffers, place
@@ -37,14 +38,21 @@ SUMS = 32
 
 
 @torch.no_grad()
-def random_part(config: Any, dtype: torch.dtype, parallel: TensorParallel, quantization: str | None = None) -> Any:
+def random_part(
+    config: Any,
+    dtype: torch.dtype,
+    parallel: TensorParallel,
+    quantization: str | None = None,
+    *,
+    expert_parallel: bool = False,
+) -> Any:
     """This rank's part of a causal LM with random weights: normal, of deviation 0.02; norms 1. What all ranks have
-    whole is the same on all."""
+    whole is the same on all. With `expert_parallel` it has whole experts."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plan = plan_part(model, parallel)
+    plan = plan_part(model, parallel, expert_parallel=expert_parallel)
     own = torch.Generator(parallel.device).manual_seed(1 + parallel.link.rank)
     common = torch.Generator(parallel.device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -76,6 +84,7 @@ def run_parallel(
     dtype: torch.dtype = torch.bfloat16,
     quantization: str | None = None,
     layers: int | None = None,
+    expert_parallel: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Times decode steps; every rank calls it.
@@ -87,6 +96,7 @@ def run_parallel(
         context: tokens of each prompt.
         steps, rounds: the median of the rounds' mean step times counts.
         layers: of the model; None is all.
+        expert_parallel: ranks have whole experts of a mixture.
         options: fields of `EngineConfig`.
 
     Returns:
@@ -102,7 +112,7 @@ def run_parallel(
         if quantization is not None:
             quantized(model, quantization)
     else:
-        model = random_part(config, dtype, parallel, quantization)
+        model = random_part(config, dtype, parallel, quantization, expert_parallel=expert_parallel)
     device = next(model.parameters()).device
     hf_paged.wrap(model, **{"max_num_seqs": max(batches)} | (options or {}))
     draw = random.Random(0)
@@ -120,6 +130,7 @@ def run_parallel(
         "layers": config.num_hidden_layers,
         "tensor_parallel_size": 1 if parallel is None else parallel.size,
         "pipeline_parallel_size": 1 if parallel is None or parallel.pipeline is None else parallel.pipeline.size,
+        "expert_parallel": expert_parallel,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": quantization,
@@ -239,7 +250,8 @@ def as_text(result: dict[str, Any]) -> str:
     """A table for people."""
     kind = result["quantization"] or result["dtype"]
     sizes = result["tensor_parallel_size"], result["pipeline_parallel_size"]
-    where = f"{result['device']}, tensor parallel {sizes[0]}, pipeline parallel {sizes[1]}"
+    whole = ", whole experts" if result["expert_parallel"] else ""
+    where = f"{result['device']}, tensor parallel {sizes[0]}, pipeline parallel {sizes[1]}{whole}"
     lines = [
         f"{result['model']} ({result['layers']} layers), {kind}, {where}: "
         f"{result['weight_bytes_per_rank'] / 2**30:.2f} GiB of weights per rank, {result['pages']} pages, prompts of "
@@ -261,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer")
     parser.add_argument("--pp", type=int, default=1, help="groups of such ranks, each with some of the layers")
+    parser.add_argument("--ep", action="store_true", help="ranks of --tp have whole experts of a mixture")
     parser.add_argument("--batches", default="1,128", help="sequences that decode at once, several by commas")
     parser.add_argument("--context", type=int, default=900, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
@@ -271,6 +284,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--log", action="store_true", help="show the library's log")
     given = parser.parse_args(arguments)
+    try:
+        check_expert_parallel(given.ep, given.tp)
+    except ValueError as error:
+        parser.error(str(error))
     logging.basicConfig(level=logging.INFO if given.log else logging.WARNING)
     parallel = join(given.tp, given.device, stages=given.pp) if given.tp * given.pp > 1 else None
     result = run_parallel(
@@ -283,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=getattr(torch, given.dtype),
         quantization=given.quantization,
         layers=given.layers,
+        expert_parallel=given.ep,
     )
     if parallel is None or parallel.link.rank == 0:
         sys.stdout.write(f"{as_text(result)}\n{json.dumps(result)}\n")

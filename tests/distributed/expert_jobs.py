@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from jobs import OPTIONS, attempt, generate
 from transformers.distributed import DistributedConfig
 
 import hf_paged
+from hf_paged.bench import parallel as bench
+from hf_paged.bench.models import SHAPES
 from hf_paged.distributed.groups import TensorParallel, join
 from hf_paged.distributed.shard import shard
 
@@ -81,4 +85,18 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = {"expert_families": families, "expert_checkpoints": checkpoints, "expert_compiled": compiled}
+def benchmark(_: TensorParallel, out: Path) -> str:
+    """What the benchmark prints."""
+    SHAPES["mixture"] = lambda: mixture("Qwen3Moe").config
+    options = "--tp 2 --ep --batches 1,3 --context 20 --steps 2 --rounds 2 --dtype float32 --device cpu"
+    with redirect_stdout(StringIO()) as printed:
+        bench.main(["mixture", *options.split()])
+    return printed.getvalue()
+
+
+JOBS = {
+    "expert_families": families,
+    "expert_checkpoints": checkpoints,
+    "expert_compiled": compiled,
+    "expert_benchmark": benchmark,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import torch
 from families import make_model
 from quantization.test_experts import write_mixture
 from test_parallel import assert_same, run
+from transformers import AutoModelForCausalLM
 
 import hf_paged
+from hf_paged.bench import parallel as bench
+from hf_paged.bench.models import SHAPES
 from hf_paged.distributed.groups import check_expert_parallel
 from hf_paged.distributed.layers import OwnExperts
 from hf_paged.distributed.plan import PlanError, make_plan
 from hf_paged.llm.arguments import EngineArgs
+from hf_paged.quantization.assemble import assemble, plan_plain
+from hf_paged.quantization.checkpoint import Checkpoint, open_checkpoint
+from hf_paged.quantization.experts import rename
 
 FAMILIES = list(expert_jobs.FAMILIES)
 
@@ -63,6 +70,15 @@ def test_compiled(tmp_path: Path) -> None:
         assert_same(rank, expected)
 
 
+@pytest.mark.slow
+def test_benchmark(tmp_path: Path) -> None:
+    first, second = run("expert_benchmark", 2, tmp_path)
+    assert "tensor parallel 2, pipeline parallel 1, whole experts" in first and '"expert_parallel": true' in first
+    assert second == "", "rank 0 prints"
+    with pytest.raises(SystemExit):
+        bench.main(["qwen3-30b-a3b", "--ep"])
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -97,10 +113,45 @@ def test_checkpoints(folder: Path, loaded: list[dict[str, Any]], name: str) -> N
         assert rank[name]["bytes"] == expected["bytes"] / 2
 
 
+@pytest.mark.parametrize("family", FAMILIES[:3])
+def test_a_rank_reads_its_own_experts(folder: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    stock = Checkpoint.read
+
+    def record(checkpoint: Checkpoint, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        read.update(names)
+        return stock(checkpoint, names, device)
+
+    monkeypatch.setattr(Checkpoint, "read", record)
+    whole = expert_jobs.mixture(family)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(whole.config, dtype=torch.float32)
+    checkpoint = rename(model, open_checkpoint(folder / family))
+    plan = plan_plain(model, checkpoint)
+    assert plan is not None
+    shards = make_plan(model, 1, 2, expert_parallel=True)
+    assemble(
+        model, checkpoint, plan, None, torch.float32, torch.device("cpu"), dequantized=False, shards=shards, rank=1
+    )
+    assert {found[1] for name in read if (found := re.search(r"experts\.(\d)\.", name))} == {"2", "3"}
+    for name in plan.experts:
+        assert torch.equal(model.get_parameter(name), whole.get_parameter(name)[2:])
+
+
 def test_a_model_whose_experts_transformers_has_spread(loaded: list[dict[str, Any]]) -> None:
     for rank in loaded:
         assert_same(rank["transformers' own"], rank["Mixtral"])
         assert rank["transformers' own"]["bytes"] == rank["Mixtral"]["bytes"]
+
+
+def test_ranks_started_from_within(folder: Path, loaded: list[dict[str, Any]]) -> None:
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "device": "cpu"} | jobs.OPTIONS
+    args = EngineArgs.parse(str(folder / "Mixtral"), options | {"skip_tokenizer_init": True})
+    model, group = args.load()
+    assert group is not None
+    with group:
+        assert jobs.generate(model)["greedy"] == loaded[0]["Mixtral"]["greedy"]
+        assert model.model.layers[0].mlp.experts.num_experts == 2
 
 
 def test_refused_checkpoints(loaded: list[dict[str, Any]]) -> None:
@@ -116,6 +167,19 @@ def test_refused_checkpoints(loaded: list[dict[str, Any]]) -> None:
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def test_shares_of_a_large_mixture() -> None:
+    """Half of all weights but the norms and routers, worked out without any."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(SHAPES["qwen3-30b-a3b"](), dtype=torch.bfloat16)
+    plan = make_plan(model, 1, 2, expert_parallel=True)
+    cuts = {name: plan.cut_of(name) for name, _ in model.named_parameters()}
+    held = sum(p.nbytes * cut.width // p.shape[cut.dim] if (cut := cuts[name]) else p.nbytes
+               for name, p in model.named_parameters())  # fmt: skip
+    assert held / 2**30 == pytest.approx(28.4, abs=0.1)
+    whole = [name for name, p in model.named_parameters() if p.ndim > 1 and cuts[name] is None]
+    assert len(whole) == 48 and all(name.endswith("mlp.gate.weight") for name in whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
