@@ -51,6 +51,12 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
         raise TypeError(f"wrap() takes a transformers model, got {type(model).__name__}")
     if reason := why_unpageable(model):
         raise refuse(model, reason)
+    lm = causal_lm(model)
+    ranks = getattr(lm, "_tp_size", None) or 1
+    whole_experts = any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
+    if whole_experts and ranks == 1 and parallel_of(lm) is None:
+        reason = "its experts are spread over ranks that have tokens of their own each: take a tp_size like its ep_size"
+        raise refuse(model, reason)
     already = model.__dict__.get("_hf_paged")
     base = config or (already.config if already else EngineConfig())
     if tokenizer is None and already is not None:
@@ -58,11 +64,8 @@ def wrap(model: Model, config: EngineConfig | None = None, *, tokenizer: Any = N
     state = PagedState(base.with_changes(**overrides), tokenizer)
     if already is not None:
         already.drop_engine()
-    lm = causal_lm(model)
-    if (getattr(lm, "_tp_size", None) or 1) > 1 and parallel_of(lm) is None:
-        # transformers has cut it up, and experts by their number or each of them.
-        whole = any(getattr(module, "_is_expert_parallel", False) for module in lm.modules())
-        shard(lm, join(lm._tp_size, next(lm.parameters()).device), enable_expert_parallel=whole)
+    if ranks > 1 and parallel_of(lm) is None:  # transformers has cut it up
+        shard(lm, join(ranks, next(lm.parameters()).device), enable_expert_parallel=whole_experts)
     for part in {id(lm): lm, id(model): model}.values():
         if not isinstance(part, PagedGenerationMixin):
             part.__class__ = _paged_class(type(part), part is not lm)  # type: ignore[arg-type]

@@ -134,7 +134,7 @@ def _with_whole_experts(lm: Any, styles: dict[str, str]) -> dict[str, str]:
     Raises:
         PlanError: there is no such plan.
     """
-    # Until transformers 5.19 a module of whole experts had the style of one that has a part of each.
+    # Older plans give a module of whole experts the style of one that has a part of each.
     own = {
         name: "ep_dispatch_experts" if style == "moe_tp_experts" else style
         for name, style in (getattr(lm, "_ep_plan", None) or {}).items()

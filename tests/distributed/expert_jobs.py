@@ -24,6 +24,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {},  # shared experts, and a first layer without any
     "GptOss": {},  # biases, and no plan for attention
 }
+VARIANTS: dict[str, dict[str, Any]] = FAMILIES | {
+    "Mixtral, one after the other": {"experts_implementation": "eager"},
+    "Mixtral, batched": {"experts_implementation": "batched_mm"},
+    "GptOss, batched": {"experts_implementation": "batched_mm"},
+}
 CHECKPOINTS: dict[str, str | None] = {
     "Mixtral": "auto",
     "Qwen3Moe": "auto",
@@ -36,7 +41,7 @@ CHECKPOINTS: dict[str, str | None] = {
 
 
 def mixture(family: str) -> Any:
-    return make_model(family, **FAMILIES[family] | {"num_hidden_layers": 4})
+    return make_model(family.partition(",")[0], **VARIANTS[family] | {"num_hidden_layers": 4})
 
 
 def generate_and_weigh(model: Any) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
         places[2] = join(2, "cpu", timeout_s=60, stages=2)
     found = {}
     for stages, place in places.items():
-        for family in FAMILIES:
+        for family in VARIANTS:
             model = shard(mixture(family), place, enable_expert_parallel=True)
             found[family, stages] = generate_and_weigh(hf_paged.wrap(model, **OPTIONS))
     return found

@@ -39,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run("expert_families", 2, tmp_path_factory.mktemp("families"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", expert_jobs.VARIANTS)
 def test_families(found: list[dict[str, Any]], family: str) -> None:
     expected = alone(family)
     assert expected["modules"] >= 3 and len({tuple(ids) for ids in expected["greedy"]}) > 1
@@ -49,11 +49,10 @@ def test_families(found: list[dict[str, Any]], family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["expert_families"])
-def test_four_ranks(tmp_path: Path, job: str) -> None:
+def test_four_ranks(tmp_path: Path) -> None:
     """With an expert each, and as two stages of two ranks."""
-    results = run(job, 4, tmp_path)
-    for family in FAMILIES:
+    results = run("expert_families", 4, tmp_path)
+    for family in expert_jobs.VARIANTS:
         expected = alone(family)
         for rank in results:
             assert_same(rank[family, 1], expected)
@@ -154,6 +153,15 @@ def test_ranks_started_from_within(folder: Path, loaded: list[dict[str, Any]]) -
         assert model.model.layers[0].mlp.experts.num_experts == 2
 
 
+def test_experts_of_ranks_with_other_tokens() -> None:
+    """transformers hands tokens from rank to rank where `ep_size` is larger than `tp_size`."""
+    model = make_model("Mixtral")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(hf_paged.UnsupportedModelError, match="take a tp_size like its ep_size"):
+        hf_paged.wrap(model)
+    assert type(model).__name__ == "MixtralForCausalLM", "it is as it was"
+
+
 def test_refused_checkpoints(loaded: list[dict[str, Any]]) -> None:
     for rank in loaded:
         for name, message in {
@@ -195,6 +203,15 @@ def test_a_plan_cuts_what_it_can(family: str) -> None:
     if family != "GptOss":
         parts = make_plan(model, 1, 2)
         assert plan.linears == parts.linears and sorted(plan.sums) == sorted(parts.sums)
+
+
+def test_a_plan_of_transformers_5_17() -> None:
+    model = make_model("Mixtral")
+    expected = make_plan(model, 1, 2, expert_parallel=True)
+    changed = {name.replace("experts", "gate"): "ep_router" for name in model._ep_plan if name.endswith("experts")}
+    model._ep_plan = changed | {name: style.replace("ep_dispatch", "moe_tp") for name, style in model._ep_plan.items()}
+    assert "moe_tp_experts" in model._ep_plan.values()
+    assert make_plan(model, 1, 2, expert_parallel=True) == expected
 
 
 def test_own_experts() -> None:
