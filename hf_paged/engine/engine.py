@@ -249,14 +249,11 @@ class Engine(StepLoop):
         """Lands one step, and has those after it on their way before that where they may be."""
         if self._unseen and self._requests:
             self._look_over()
-        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
-            flight = self._launch()
-            if flight is None:
-                break
-            self._flights.append(flight)
+        self._launch_all()
         if not self._flights:
             return
-        self._land(self._flights.popleft())
+        # Of micro-batches the next one needs this one's tokens, and nobody else is to wait for what they are told.
+        self._land(self._flights.popleft(), then=self._launch_all if self.executor.micro_batches > 1 else None)
         if not self._requests:
             self._drain()  # all were finished by what has just landed: nobody wants the next one
 

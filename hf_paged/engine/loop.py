@@ -95,6 +95,14 @@ class StepLoop:
         self._shrink()
         return self._launch(retry=True)
 
+    def _launch_all(self) -> None:
+        """Has as many steps on their way as may be."""
+        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
+            flight = self._launch()
+            if flight is None:
+                return
+            self._flights.append(flight)
+
     def _waits_for_tokens(self) -> bool:
         """Whether nothing may be launched before what is in the air has landed."""
         if self._held or (self._flights and self._flights[-1].batch.drafts):
@@ -130,7 +138,12 @@ class StepLoop:
         self._land_flight()
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: _Flight, then: Callable[[], None] | None = None) -> None:
+        """Waits for a step, and tells about the requests that it changed.
+
+        Args:
+            then: what to do before anybody is told.
+        """
         result = flight.land()
         before, self._landed_s = self._landed_s, time.monotonic()
         start = max(flight.start_s, before)
@@ -142,6 +155,8 @@ class StepLoop:
             num_seqs = len(flight.batch.decodes) - sum(map(len, flight.batch.drafts.values()))
             tokens = self.stats.generation_tokens - known
             self.speculator.pace.landed(num_seqs, flight.speculates, tokens, self._landed_s - before)
+        if then is not None:
+            then()
         self._report(touched)
         self._count(flight.batch, start)
 
