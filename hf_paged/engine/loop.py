@@ -206,8 +206,8 @@ class StepLoop:
         position, and the first token that differs ends it. Returns (sequence, tokens drafted, tokens accepted)."""
         if result.drafted is not None:
             unknown = [draft for draft in batch.drafts.values() if draft[0] < 0]
-            for draft, drawn in zip(unknown, result.drafted, strict=True):
-                draft[:] = drawn
+            for place, drawn in enumerate(result.drafted):
+                unknown[place][:] = drawn
         verified, tokens = [], result.tokens
         for place, row in enumerate(batch.decodes):
             draft = batch.drafts.get(row)

@@ -45,6 +45,11 @@ class Timeline:
         self._steps = 0
         self._end_s = 0.0
 
+    @property
+    def settling(self) -> bool:
+        """Whether a request is finished whose last phases were not returned yet."""
+        return bool(self._over)
+
     def arrived(self, request: Request) -> list[Phase]:
         """A request was queued, or was there when the looking began. Returns phases of requests that are finished."""
         closed = self.settle(request.metrics.arrival_time)

@@ -15,8 +15,10 @@ from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.integrations.openai_server.chat import create_chat_completion, render
 from hf_paged.integrations.openai_server.completions import create_completion
 from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
-from hf_paged.integrations.openai_server.events import Disconnected
+from hf_paged.integrations.openai_server.events import Disconnected, EventStream
 from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
+from hf_paged.integrations.openai_server.live import Feed, live_page
+from hf_paged.integrations.openai_server.live.watch import KINDS
 from hf_paged.integrations.openai_server.options import ServerOptions
 from hf_paged.integrations.openai_server.prometheus import exposition
 from hf_paged.integrations.openai_server.protocol import (
@@ -76,6 +78,8 @@ def make_app(
     _add_generation(app, serving)
     _add_tokens(app, serving)
     _add_probes(app, serving, metrics)
+    if not options.disable_live_page:
+        _add_live_page(app, serving)
     return app
 
 
@@ -152,6 +156,20 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
     def prometheus() -> Response:
         text = exposition(metrics, serving.options.metrics_prefix, {"model_name": serving.names[0]})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_live_page(app: FastAPI, serving: Serving) -> None:
+    page = live_page()
+    about = {"model": serving.names[0], "version": hf_paged.__version__, "kinds": KINDS}
+    app.state.feed = feed = Feed(serving.engine.engine, about)
+
+    @app.get("/", include_in_schema=False)
+    async def live() -> Response:
+        return page
+
+    @app.get("/live/events", include_in_schema=False)
+    async def live_events() -> Response:
+        return EventStream(feed.follow(), done=False)
 
 
 def _card(serving: Serving, name: str) -> dict[str, Any]:

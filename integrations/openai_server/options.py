@@ -51,6 +51,7 @@ class ServerOptions:
     max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
     max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
     metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
+    disable_live_page: bool = _option(False, "no live page at /")
     drain_timeout_s: int = _option(60, "after SIGTERM, how long requests under way may take")
     uvicorn_log_level: str = _option("info", "critical, error, warning, info, debug or trace")
     disable_log_requests: bool = _option(True, "do not log requests")

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import defaultdict
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def check(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             assert all(value >= 0 for value in event["args"].values())
     assert slices.keys() <= names.keys(), "a slice on a track without a name"
     for track in slices.values():
-        for before, after in zip(track, track[1:], strict=False):
+        for before, after in pairwise(track):
             assert after["ts"] >= before["ts"] + before["dur"] - 0.01, "slices of a track overlap"
     return {names[track]: found for track, found in slices.items()}
 
