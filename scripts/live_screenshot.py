@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=36)
     given = parser.parse_args()
     model, tokenizer = load_smollm2(torch.float32)
-    hf_paged.wrap(model, tokenizer=tokenizer, page_size=16, num_pages=400, max_num_seqs=10, speculative_config={"method": "ngram"})
+    hf_paged.wrap(
+        model, tokenizer=tokenizer, page_size=16, num_pages=400, max_num_seqs=10, speculative_config={"method": "ngram"}
+    )
     app = make_app(model, ServerOptions(served_model_name=["SmolLM2-135M-Instruct"]))
     server = HttpServer(uvicorn.Config(app, log_level="warning"))
     listening = socket.socket()

@@ -13,7 +13,7 @@ function put(id, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-const short = (x) => x >= 100000 ? `${(x / 1000).toFixed(0)}k` : x >= 10 || x === 0 ? Math.round(x).toLocaleString("en") : x.toFixed(1);
+const short = (x) => x >= 100000 ? `${(x / 1000).toFixed(0)}k` : x >= 10 || Number.isInteger(x) ? Math.round(x).toLocaleString("en") : x.toFixed(1);
 const duration = (ms) => ms >= 1000 ? `${+(ms / 1000).toPrecision(2)} s` : `${+ms.toPrecision(2)} ms`;
 
 function showNumbers() {
@@ -31,6 +31,7 @@ function showNumbers() {
   put("hits", total.queries ? (100 * total.hits / total.queries).toFixed(0) : "–");
   put("hits-unit", total.queries ? "% of prompt tokens" : "");
   document.getElementById("hits-bar").style.transform = `scaleX(${total.queries ? total.hits / total.queries : 0})`;
+  document.getElementById("accepted").hidden = !state.drafted;
   if (total.drafted) {
     document.getElementById("drafts-tile").hidden = false;
     put("drafts", (100 * total.accepted / total.drafted).toFixed(0));

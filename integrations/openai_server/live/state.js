@@ -8,6 +8,7 @@ const state = {
   about: {}, numPages: 1, pageSize: 0, maxNumSeqs: 1,
   lanes: new Map(), rows: [], topRow: 0,
   ticks: [], // one per message: {t, ms, steps, tokens, prefix, running, waiting, used}
+  drafted: false, // whether anything ever was
   ttft: [], itl: [], // [t, {bucket: count}]
   cells: new Uint8Array(0), perCell: 1, mapVersion: 0,
   running: 0, waiting: 0, active: 0, cached: 0, paused: false,
@@ -44,6 +45,7 @@ function take(message) {
     const before = state.ticks.at(-1);
     state.ticks.push({ t: message.t, ms: before ? message.t - before.t : 200, steps: message.steps, tokens: message.tokens,
       prefix: message.prefix, running: message.running, waiting: message.waiting, used: message.active / state.numPages });
+    state.drafted ||= message.tokens[2] > 0;
     if (Object.keys(message.ttft).length) state.ttft.push([message.t, message.ttft]);
     if (Object.keys(message.itl).length) state.itl.push([message.t, message.itl]);
   }
