@@ -51,7 +51,9 @@ def test_json_lines() -> None:
     except ValueError as error:
         exc_info = (type(error), error, error.__traceback__)
     found = shown(logging.LogRecord("x", logging.ERROR, "f", 1, 'two\nlines, "%s"', ("ü",), exc_info))
-    assert found["message"] == 'two\nlines, "ü"' and found["level"] == "ERROR" and "ValueError" in str(found["exception"])
+    assert (
+        found["message"] == 'two\nlines, "ü"' and found["level"] == "ERROR" and "ValueError" in str(found["exception"])
+    )
     assert time.strftime("%Y-", time.gmtime()) in str(found["time"])
     args = ("127.0.0.1:5", "GET", "/health", "1.1", 200)
     access = shown(logging.LogRecord("uvicorn.access", logging.INFO, "f", 1, '%s - "%s %s HTTP/%s" %d', args, None))

@@ -67,7 +67,7 @@ class Watch:
         self._num_lanes = 0
         self._over: list[Request] = []
         self._awaited: dict[str, Request] = {}
-        """Requests without a first token."""
+        """Requests whose first token is not counted yet."""
         self._last: tuple[set[Lane], float] = set(), 0.0
         """Who ran in the last step, and when it ended."""
         self._map: tuple[int, list[int]] | None = None
@@ -76,6 +76,8 @@ class Watch:
         self._news = _News()
         for request in engine.unfinished:
             self._take_arrival(request)
+            if request.metrics.first_token_time is not None:
+                self._awaited.pop(request.request_id, None)
         engine.arrival_observers.append(self._arrived)
         engine.request_observers.append(self._ended)
         engine.observers.append(self._stepped)
@@ -165,7 +167,7 @@ class Watch:
 
     def _take_arrival(self, request: Request) -> None:
         self._tell(self._timeline.arrived(request))
-        if request.metrics.first_token_time is None and request.scored is None:
+        if request.scored is None:
             self._awaited[request.request_id] = request
         arrival = self._ms(request.metrics.arrival_time)
         for sequence in request.sequences:
