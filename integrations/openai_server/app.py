@@ -19,7 +19,6 @@ from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
 from hf_paged.integrations.openai_server.events import Disconnected, EventStream
 from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
 from hf_paged.integrations.openai_server.live import Feed, live_page
-from hf_paged.integrations.openai_server.live.watch import KINDS
 from hf_paged.integrations.openai_server.options import ServerOptions
 from hf_paged.integrations.openai_server.profile import Profiler, add_profile
 from hf_paged.integrations.openai_server.prometheus import exposition
@@ -176,7 +175,7 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
 
 def _add_live_page(app: FastAPI, serving: Serving) -> None:
     page = live_page()
-    about = {"model": serving.names[0], "version": hf_paged.__version__, "kinds": KINDS}
+    about = {"model": serving.names[0], "version": hf_paged.__version__}
     app.state.feed = feed = Feed(serving.engine.engine, about)
 
     @app.get("/", include_in_schema=False)
