@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
+from hf_paged.observe.perfetto import trace as write_trace
 from hf_paged.outputs import RequestOutput
 from hf_paged.quantization.bitsandbytes import pack_for_cpu
 from hf_paged.quantization.linear import QuantizedLinear
@@ -104,6 +107,7 @@ class PagedGenerationMixin(PagedSampling):
         sampling: many.Sampling | Sequence[many.Sampling] = None,
         *,
         progress: bool | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
         """Generates for many prompts at once, by continuous batching.
 
@@ -113,6 +117,7 @@ class PagedGenerationMixin(PagedSampling):
                 model's
                 own generation config, with `SamplingParams`' max_tokens where that names no length.
             progress: a progress bar; None shows one on a terminal.
+            trace: a file to write a Perfetto trace of the run to; see `hf_paged.trace`.
 
         Returns:
             one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason
@@ -120,11 +125,13 @@ class PagedGenerationMixin(PagedSampling):
 
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            OSError: the trace cannot be written.
         """
         engine = self.engine
         lm = causal_lm(self)
         requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
-        return many.generate_many(engine, requests, progress)
+        with nullcontext() if trace is None else write_trace(trace, self):
+            return many.generate_many(engine, requests, progress)
 
     def score(
         self,

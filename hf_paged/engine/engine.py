@@ -88,6 +88,11 @@ class Engine(StepLoop):
         return len(self._ids)
 
     @property
+    def unfinished(self) -> list[Request]:
+        """Requests that are queued or run, in order of arrival; read them only."""
+        return [request for request, _ in list(self._requests.values())]
+
+    @property
     def weight_version(self) -> int:
         """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
         while requests are unfinished, by a look at the weights when it gets work again. What is noticed and told of
