@@ -3,6 +3,7 @@
 from hf_paged.config import EngineConfig
 from hf_paged.inputs import TextPrompt, TokensPrompt
 from hf_paged.llm import LLM, EngineArgs
+from hf_paged.lora.request import LoRARequest
 from hf_paged.model.introspect import UnsupportedModelError
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from hf_paged.quantization.load import load
@@ -19,6 +20,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "EngineConfig",
+    "LoRARequest",
     "Logprob",
     "PagedGenerationMixin",
     "RequestOutput",

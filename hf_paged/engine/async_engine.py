@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -35,15 +36,27 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields a request's outputs as they come. Leaving early, or cancelling the task, aborts it.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter.
             RuntimeError: the engine is closed, or a step failed.
         """
-        request = self.engine.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        # Reading an adapter takes long.
+        request = await asyncio.to_thread(
+            self.engine.intake.request,
+            prompt,
+            sampling or SamplingParams(),
+            request_id=request_id,
+            lora_request=lora_request,
+        )
         outputs = self.follow([request])
         try:
             async for output in outputs:
