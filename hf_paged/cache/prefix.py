@@ -67,8 +67,8 @@ class PrefixTree:
         return self._num_idle
 
     def match(self, tokens: list[int], limit: int, adapter: int = 0) -> list[Node]:
-        """The longest prefix of `tokens` that is cached for an adapter (see `edge`), at most `limit` pages, as nodes from
-        the root down.
+        """The longest prefix of `tokens` that is cached for an adapter (see `edge`), at most `limit` pages, as nodes
+        from the root down.
 
         Read-only: call `use` to hold what was found.
         """

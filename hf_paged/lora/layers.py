@@ -128,7 +128,8 @@ class LoraLayers:
         return stand_in
 
     def _stand_in(self, linear: Any, a: Tensor, b: Tensor) -> Any:
-        return _class(type(linear))(linear, self, a, b)
+        kind: Any = type(linear)
+        return _class(kind)(linear, self, a, b)
 
 
 class _Adapted(nn.Module):

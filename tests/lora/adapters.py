@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import hf_paged
 from hf_paged import LoRARequest
 
-NEW = 10
+NEW = 8
+SMALL = {"num_hidden_layers": 2}
 OPTIONS = {"page_size": 4, "num_pages": 256, "max_num_seqs": 8, "enable_lora": True, "max_loras": 2}
 GREEDY = hf_paged.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 
@@ -44,7 +45,7 @@ def save_adapter(folder: Path, base: Any, seed: int = 0, **config: Any) -> Path:
 def save_adapters(folder: Path, family: str = "Llama", names: str = "abc") -> dict[str, LoRARequest]:
     requests = {}
     for number, name in enumerate(names, start=1):
-        path = save_adapter(folder / name, make_model(family), number, **CONFIGS[name])
+        path = save_adapter(folder / name, make_model(family, **SMALL), number, **CONFIGS[name])
         requests[name] = LoRARequest(name, number, str(path))
     return requests
 
@@ -58,13 +59,18 @@ class Stock:
         self.model = PeftModel.from_pretrained(base, request.lora_path, adapter_name=first).eval()
         for name, request in named:
             self.model.load_adapter(request.lora_path, adapter_name=name)
+        self._known: dict[tuple[tuple[int, ...], str | None], list[int]] = {}
 
-    def greedy(self, prompt: list[int], name: str | None, count: int = NEW) -> list[int]:
-        if name is None:
-            with self.model.disable_adapter():
-                return stock_greedy(self.model, prompt, count)
-        self.model.set_adapter(name)
-        return stock_greedy(self.model, prompt, count)
+    def greedy(self, prompt: list[int], name: str | None) -> list[int]:
+        key = tuple(prompt), name
+        if key not in self._known:
+            if name is None:
+                with self.model.disable_adapter():
+                    self._known[key] = stock_greedy(self.model, prompt, NEW)
+            else:
+                self.model.set_adapter(name)
+                self._known[key] = stock_greedy(self.model, prompt, NEW)
+        return self._known[key]
 
     @torch.no_grad()
     def logprobs(self, ids: list[int], name: str | None) -> torch.Tensor:
