@@ -162,8 +162,8 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
         layer, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             raise ValueError(
-                f"it has a tensor {key!r}, which is not of plain LoRA on a linear layer (embeddings, biases, whole "
-                "modules and DoRA cannot be had by request): merge the adapter into the model"
+                f"it has a tensor {key!r}, which is not of plain LoRA on a decoder layer (embeddings, the output "
+                "head, biases, whole modules and DoRA cannot be had by request): merge the adapter into the model"
             )
         found.setdefault(layer, {})[part[0]] = key
     if not found:
@@ -193,10 +193,7 @@ def _scaling(
     """What the product of a layer's matrices is multiplied by, once it is known that they fit."""
     target = targets.get(layer)
     if target is None:
-        raise ValueError(
-            f"it adapts {layer}, which is no linear layer of this model's decoder layers"
-            + (": the output head cannot be adapted by request" if layer.endswith("lm_head") else "")
-        )
+        raise ValueError(f"it adapts {layer}, which is no linear layer in one of this model's decoder layers")
     rank = _by_pattern(config, "rank_pattern", layer, config.get("r"))
     alpha = _by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha"))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, int | float):
