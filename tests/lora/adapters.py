@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import hf_paged
 from hf_paged import LoRARequest
 
-NEW = 8
+NEW = 6
 SMALL = {"num_hidden_layers": 2}
 OPTIONS = {"page_size": 4, "num_pages": 256, "max_num_seqs": 8, "enable_lora": True, "max_loras": 2}
 GREEDY = hf_paged.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
