@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,14 +50,14 @@ class AsyncEngine:
             ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter.
             RuntimeError: the engine is closed, or a step failed.
         """
-        # Reading an adapter takes long.
-        request = await asyncio.to_thread(
+        make = functools.partial(
             self.engine.intake.request,
             prompt,
             sampling or SamplingParams(),
             request_id=request_id,
             lora_request=lora_request,
         )
+        request = make() if lora_request is None else await asyncio.to_thread(make)  # which may read an adapter
         outputs = self.follow([request])
         try:
             async for output in outputs:
