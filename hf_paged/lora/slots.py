@@ -46,10 +46,9 @@ class AdapterSlots:
         slots = self._assign(adapters)
         base = self.layers.num_slots
         of_rows = [slots.get(sequence.request.adapter_generation, base) for sequence in batch.decodes]
-        of_chunks = [slots.get(chunk.sequence.request.adapter_generation, base) for chunk in batch.chunks]
-        self._upload(
-            np.concatenate([of_rows, np.repeat(of_chunks, [chunk.length for chunk in batch.chunks])]).astype(np.int64)
-        )
+        for chunk in batch.chunks:
+            of_rows += [slots.get(chunk.sequence.request.adapter_generation, base)] * chunk.length
+        self._upload(np.array(of_rows, dtype=np.int64))
         return True
 
     def _assign(self, adapters: dict[int, Adapter]) -> dict[int, int]:

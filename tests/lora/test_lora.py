@@ -89,7 +89,7 @@ def test_adapters_never_share_pages(case: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_pages": 20},
+        {"num_pages": 12},
         {"max_num_batched_tokens": 8},
         {"async_scheduling": True},
         {"fuse_linear": True},
