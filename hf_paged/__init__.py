@@ -3,6 +3,7 @@
 from hf_paged.config import EngineConfig
 from hf_paged.inputs import TextPrompt, TokensPrompt
 from hf_paged.llm import LLM, EngineArgs
+from hf_paged.lora.request import LoRARequest
 from hf_paged.model.introspect import UnsupportedModelError
 from hf_paged.observe.perfetto import trace
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
@@ -20,6 +21,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "EngineConfig",
+    "LoRARequest",
     "Logprob",
     "PagedGenerationMixin",
     "RequestOutput",

@@ -15,10 +15,13 @@ from transformers import GenerationConfig
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
+from hf_paged.lora.request import LoRARequest, one_each
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 Sampling = SamplingParams | GenerationConfig | None
+Lora = LoRARequest | Sequence[LoRARequest | None] | None
+"""One adapter for all prompts, or one or None per prompt."""
 
 
 def make_requests(
@@ -27,6 +30,7 @@ def make_requests(
     prompts: Sequence[Prompt],
     sampling: Sampling | Sequence[Sampling],
     kind: RequestOutputKind,
+    lora_request: Lora = None,
 ) -> list[Request]:
     """A request per prompt, or an error that says which prompt is wrong; nothing is submitted."""
     prompts = list_prompts(prompts)
@@ -38,9 +42,10 @@ def make_requests(
         each = list(sampling)
     else:
         each = [sampling] * len(prompts)
+    adapters = one_each(lora_request, len(prompts))
     made: dict[int, SamplingParams] = {}  # one copy per object given, however many prompts share it
     requests = []
-    for place, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+    for place, (prompt, params, adapter) in enumerate(zip(prompts, each, adapters, strict=True)):
         try:
             if isinstance(params, SamplingParams):
                 if id(params) not in made:
@@ -51,9 +56,9 @@ def make_requests(
                 own = _from_config(lm, params, length).clone(output_kind=kind)
             else:
                 raise TypeError(f"sampling must be SamplingParams or GenerationConfig, got {type(params).__name__}")
-            request = engine.intake.request(prompt, own)
+            request = engine.intake.request(prompt, own, lora_request=adapter)
             engine.scheduler.check(request)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, FileNotFoundError) as error:
             if len(prompts) == 1:
                 raise
             raise type(error)(f"prompt {place}: {error}") from error

@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from hf_paged.cache.pages import PagePool
 
 
+def edge(tokens: list[int], place: int, page_size: int, adapter: int = 0) -> tuple[int, ...]:
+    """What leads to a sequence's page number `place` from the page before it: its tokens. An adapter's number comes
+    before those of its first page, so that adapters, and the model alone (0), never share a page."""
+    tokens_of_page = tuple(tokens[place * page_size : (place + 1) * page_size])
+    return (adapter, *tokens_of_page) if adapter and not place else tokens_of_page
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """One cached page: its tokens (the edge from the parent), its page id, and how many sequences use it now."""
@@ -61,15 +68,15 @@ class PrefixTree:
         """Pages that no sequence uses and that eviction could free."""
         return self._num_idle
 
-    def match(self, tokens: list[int], limit: int) -> list[Node]:
-        """The longest cached prefix of `tokens`, at most `limit` pages, as nodes from the root down.
+    def match(self, tokens: list[int], limit: int, adapter: int = 0) -> list[Node]:
+        """The longest prefix of `tokens` that is cached for an adapter (see `edge`), at most `limit` pages, as nodes
+        from the root down.
 
         Read-only: call `use` to hold what was found.
         """
-        size = self.page_size
         node, path = self._root, []
-        for start in range(0, limit * size, size):
-            child = node.children.get(tuple(tokens[start : start + size]))
+        for place in range(limit):
+            child = node.children.get(edge(tokens, place, self.page_size, adapter))
             if child is None:
                 break
             path.append(child)

@@ -13,6 +13,7 @@ from hf_paged.engine.loop import Deliver, StepLoop
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.turn import Turn
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import SamplingParams
 from hf_paged.speculative.speculator import Speculator
@@ -43,7 +44,12 @@ class Engine(StepLoop):
     # ---- for callers who own the loop ----------------------------------------------------------------------
 
     def add_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """Queues one prompt; its outputs come from `step`.
 
@@ -51,9 +57,12 @@ class Engine(StepLoop):
             the request's id, made up when none is given.
 
         Raises:
-            ValueError, TypeError: bad prompt or parameters, an id in use, or a request too large for the pool.
+            ValueError, TypeError, FileNotFoundError: bad prompt, parameters or adapter, an id in use, or a request too
+                large for the pool.
         """
-        request = self.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        request = self.intake.request(
+            prompt, sampling or SamplingParams(), request_id=request_id, lora_request=lora_request
+        )
         self.submit([request])
         return request.request_id
 
@@ -178,6 +187,26 @@ class Engine(StepLoop):
             self.intake.tokenizer = self.output_processor.tokenizer = tokenizer
 
         self._ask(change)
+
+    # ---- adapters ------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter now, so that no request waits for it. Returns whether it was not there yet, or read anew.
+
+        Raises:
+            ValueError, FileNotFoundError: it does not fit, or there is none; or the engine has no room for adapters.
+        """
+        known = lora_request.lora_int_id in self.list_loras()
+        self.intake.adapter(lora_request)
+        return not known or lora_request.load_inplace
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forgets an adapter; requests that began with it go on with it. Returns whether it was there."""
+        return self.intake.need_adapters().remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """The ids of the adapters in the host's memory."""
+        return self.intake.need_adapters().ids()
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 

@@ -20,9 +20,11 @@ logger = logging.getLogger(__name__)
 PLAIN: dict[str, tuple[Any, ...]] = {
     "swap_space": (),
     "disable_log_stats": (),
-    "max_loras": (),
-    "max_lora_rank": (),
-    "max_cpu_loras": (),
+    "fully_sharded_loras": (False, None),
+    "lora_dtype": (None, "auto"),
+    "lora_extra_vocab_size": (),
+    "enable_lora_bias": (False, None),
+    "default_mm_loras": (None,),
     "compilation_config": (),
     "max_seq_len_to_capture": (),
     "distributed_executor_backend": (),
@@ -47,7 +49,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "runner": (None, "auto", "generate"),
     "convert": (None, "auto", "none"),
     "cpu_offload_gb": (0, None),
-    "enable_lora": (False, None),
     "limit_mm_per_prompt": (None,),
     "mm_processor_kwargs": (None,),
     "allowed_local_media_path": (None, ""),
@@ -242,6 +243,11 @@ def check_parallel(args: EngineArgs) -> None:
                 f"{name}={size}: this version spreads a model by tensor_parallel_size and pipeline_parallel_size "
                 "alone; set it to 1"
             )
+    if args.tensor_parallel_size * args.pipeline_parallel_size > 1 and args.engine.get("enable_lora"):
+        raise ValueError(
+            "adapters by request (enable_lora) are not served by a model that is spread (tensor_parallel_size="
+            f"{args.tensor_parallel_size}, pipeline_parallel_size={args.pipeline_parallel_size}): leave one of them out"
+        )
 
 
 def _say_unused(name: str, value: Any) -> None:

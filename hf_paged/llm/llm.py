@@ -74,7 +74,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         priority: Sequence[int] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -85,6 +85,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; one, or a list of them.
             sampling_params: one for all, or a list with one per prompt; None is `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
+            lora_request: an adapter for all, or a list with one, or None, per prompt; needs `enable_lora=True`.
             priority: one per prompt; lower runs earlier.
             prompt_token_ids: the older way to give token ids.
 
@@ -92,7 +93,7 @@ class LLM:
             one output per prompt, in their order.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter, before any work starts.
         """
         requests = self._requests(_given(prompts, prompt_token_ids), sampling_params, lora_request, priority)
         return many.generate_many(self.engine, requests, bool(use_tqdm))
@@ -102,7 +103,7 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
@@ -151,7 +152,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -160,7 +161,11 @@ class LLM:
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
         """
-        _refuse_lora(lora_request)
+        if any(one is not None for one in (lora_request if isinstance(lora_request, list) else [lora_request])):
+            raise ValueError(
+                "beam_search runs through transformers' own loop, which has no adapters by request: leave lora_request "
+                "out, or use a model that the adapter is merged into"
+            )
         return beam_search(causal_lm(self.model), self.engine.intake, _given(prompts, None), params)
 
     def enqueue(
@@ -168,7 +173,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         priority: Sequence[int] | None = None,
     ) -> list[str]:
         """Takes prompts as `generate` does, for `wait_for_completion`. Returns their requests' ids."""
@@ -184,16 +189,16 @@ class LLM:
         return many.generate_many(self.engine, requests, bool(use_tqdm))
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: Params, lora_request: None, priority: Sequence[int] | None
+        self, prompts: Sequence[Prompt], params: Params, lora_request: many.Lora, priority: Sequence[int] | None
     ) -> list[Request]:
-        _refuse_lora(lora_request)
         given = params if params is not None else self.get_default_sampling_params()
         if priority is not None:
             each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
             if len(priority) != len(prompts) or len(each) != len(prompts):
                 raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
             given = [one.clone(priority=value) for one, value in zip(each, priority, strict=True)]
-        return many.make_requests(self.engine, causal_lm(self.model), prompts, given, RequestOutputKind.FINAL_ONLY)
+        lm = causal_lm(self.model)
+        return many.make_requests(self.engine, lm, prompts, given, RequestOutputKind.FINAL_ONLY, lora_request)
 
     # ---- what it is ----------------------------------------------------------------------------------------
 
@@ -346,11 +351,6 @@ def _given(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:
     if prompts and all(isinstance(prompt, dict) and "role" in prompt for prompt in prompts):
         raise TypeError("a list of messages is a chat: call chat() for it")
     return prompts
-
-
-def _refuse_lora(lora_request: Any) -> None:
-    if lora_request is not None:
-        raise ValueError("lora_request: adapters per request are not served. Load the adapter with PEFT and wrap that.")
 
 
 def _not_generation(name: str, instead: str = "") -> NotImplementedError:

@@ -28,11 +28,14 @@ from hf_paged.integrations.openai_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadLoraRequest,
     ResponsesRequest,
     TokenizeRequest,
+    UnloadLoraRequest,
 )
 from hf_paged.integrations.openai_server.responses import create_response
 from hf_paged.integrations.openai_server.serving import Serving
+from hf_paged.lora.request import LoRARequest
 from hf_paged.observe.logs import RequestLog, StatsLog
 from hf_paged.observe.metrics import EngineMetrics
 from hf_paged.observe.spans import RequestSpans, otlp_provider
@@ -92,6 +95,7 @@ def make_app(
     )
     _add_generation(app, serving)
     _add_tokens(app, serving)
+    _add_adapters(app, serving)
     _add_probes(app, serving, metrics)
     if profiler is not None:
         add_profile(app, profiler)
@@ -144,14 +148,32 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         return {"prompt": tokenizer.decode(body.tokens)}
 
 
+def _add_adapters(app: FastAPI, serving: Serving) -> None:
+    def allowed() -> None:
+        if not serving.options.allow_runtime_lora:
+            raise ApiError(404, "adapters are loaded and unloaded at servers with --enable-lora --allow-runtime-lora")
+
+    @app.post("/v1/load_lora_adapter")
+    def load_adapter(body: LoadLoraRequest) -> Response:
+        allowed()
+        return PlainTextResponse(serving.adapters.load(body, serving.names))
+
+    @app.post("/v1/unload_lora_adapter")
+    def unload_adapter(body: UnloadLoraRequest) -> Response:
+        allowed()
+        return PlainTextResponse(serving.adapters.unload(body))
+
+
 def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(serving, name) for name in serving.names]}
+        cards = [_card(serving, name) for name in serving.names]
+        cards += [_card(serving, adapter.lora_name, adapter) for adapter in serving.adapters.all()]
+        return {"object": "list", "data": cards}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return _card(serving, serving.check_model(name))
+        return _card(serving, name, serving.adapter(name))
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
@@ -190,13 +212,13 @@ def _add_live_page(app: FastAPI, serving: Serving) -> None:
         return EventStream(feed.follow(), done=False)
 
 
-def _card(serving: Serving, name: str) -> dict[str, Any]:
+def _card(serving: Serving, name: str, adapter: LoRARequest | None = None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": serving.created,
         "owned_by": "hf_paged",
-        "root": serving.names[0],
-        "parent": None,
+        "root": serving.names[0] if adapter is None else adapter.lora_path,
+        "parent": None if adapter is None else adapter.base_model_name or serving.names[0],
         "max_model_len": serving.intake.max_model_len,
     }
