@@ -62,7 +62,7 @@ def make_requests(
                     requests.append(None)
                     continue
                 request = intake.scored_request(ids, tokens, temperature)
-                engine.scheduler.check(request)
+                engine.check(request)
                 requests.append(request)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error

@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from hf_paged.config import EngineConfig
 from hf_paged.distributed.launch import Ranks, load_on_ranks
 from hf_paged.quantization.load import load
 from hf_paged.wrap import wrap
+
+if TYPE_CHECKING:
+    from hf_paged.llm.replicas import ReplicatedModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,16 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "disable_async_output_proc": (),
     "guided_decoding_backend": (),
     "structured_outputs_config": (),
+    "data_parallel_backend": ("mp", None),
+    "data_parallel_rank": (None,),
+    "data_parallel_size_local": (None,),
+    "data_parallel_address": (None,),
+    "data_parallel_rpc_port": (),
 }
 """vLLM's arguments that have nothing to set here, with the values that can be had; () is any."""
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-MISSING = PARALLEL[1:]
+MISSING = PARALLEL[1:2]
 """Those that this version does not have."""
 
 
@@ -114,6 +122,7 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    """Replicas, each of which has an engine and, with `tensor_parallel_size`, so many GPUs."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Fields of `EngineConfig` by their own names: gpu_memory_utilization, max_num_seqs, kv_cache_dtype, ..."""
 
@@ -180,8 +189,12 @@ class EngineArgs:
             raise ValueError('kv_cache_dtype must be "auto" (the model\'s own) or "fp8"')
         return EngineConfig().with_changes(**changes, **engine)
 
-    def load(self) -> tuple[Any, Ranks | None]:
-        """The model, wrapped, and where it is spread over processes of its own, what stops these.
+    def load(self, worker_extension_cls: type | str | None = None) -> tuple[Any, Ranks | ReplicatedModel | None]:
+        """The model, wrapped, and where it is spread over processes of its own, what stops these. With
+        `data_parallel_size` what stands for it: a `ReplicatedModel`.
+
+        Args:
+            worker_extension_cls: of the replicas' workers, where there are any.
 
         Raises:
             FileNotFoundError, ValueError, UnsupportedModelError: as `hf_paged.load` and `hf_paged.wrap`.
@@ -190,10 +203,15 @@ class EngineArgs:
         if isinstance(self.model, nn.Module):
             loaded = ("revision", "hf_overrides", "quantization", "device")
             given = [name for name in loaded if getattr(self, name) is not None]
-            given += ["tensor_parallel_size"] if self.tensor_parallel_size > 1 else []
+            given += [name for name in PARALLEL if getattr(self, name) > 1]
             if given or self.dtype != "auto":
                 raise ValueError(f"the model is loaded already: {(given or ['dtype'])[0]} has nothing to act on")
             return wrap(self.model, config, tokenizer=self._load_tokenizer()), None
+        if self.data_parallel_size > 1:
+            from hf_paged.llm.replicas import load_replicas
+
+            replicated = load_replicas(self, worker_extension_cls)
+            return replicated, replicated
         dtype = {"auto": None, "half": "float16", "float": "float32"}.get(self.dtype, self.dtype)
         common: dict[str, Any] = {
             "config": config, "tokenizer": self._load_tokenizer(), "revision": self.revision, "token": self.hf_token,
@@ -238,7 +256,7 @@ def check_parallel(args: EngineArgs) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if size > 1 and name in MISSING:
-            raise ValueError(f"{name}={size}: this version spreads a model by tensor_parallel_size alone; set it to 1")
+            raise ValueError(f"{name}={size}: this version has no such parallelism; set it to 1")
 
 
 def _say_unused(name: str, value: Any) -> None:

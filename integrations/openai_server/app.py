@@ -29,6 +29,7 @@ from hf_paged.integrations.openai_server.protocol import (
 from hf_paged.integrations.openai_server.responses import create_response
 from hf_paged.integrations.openai_server.serving import Serving
 from hf_paged.observe.metrics import EngineMetrics
+from hf_paged.observe.replicas import ReplicaMetrics, metrics_of
 
 
 def make_app(
@@ -46,7 +47,7 @@ def make_app(
     names = options.served_model_name or [name or getattr(model.config, "_name_or_path", "") or "model"]
     async_engine = AsyncEngine(model.engine)
     serving = Serving(async_engine, names, options, defaults or {})
-    metrics = EngineMetrics(model.engine)
+    metrics = metrics_of(model.engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -122,7 +123,7 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         return {"prompt": tokenizer.decode(body.tokens)}
 
 
-def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
+def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | ReplicaMetrics) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_card(serving, name) for name in serving.names]}

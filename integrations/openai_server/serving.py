@@ -71,7 +71,7 @@ class Serving:
         self.defaults = defaults
         self.created = int(time.time())
         self.chat_template = load_chat_template(options.chat_template)
-        self.load = Load(engine.engine.scheduler.max_num_seqs + options.max_queued_requests)
+        self.load = Load(engine.engine.load.max_num_seqs + options.max_queued_requests)
 
     @property
     def intake(self) -> Intake:
@@ -100,7 +100,7 @@ class Serving:
             made = []
             for place, (prompt, sampling) in enumerate(make()):
                 made.append(self.intake.request(prompt, sampling, request_id=f"{id}-{place}"))
-                self.engine.engine.scheduler.check(made[-1])
+                self.engine.engine.check(made[-1])
             return made
 
         return await asyncio.to_thread(work)
