@@ -7,7 +7,6 @@ tokens on any number of replicas. A `Router` says who gets which; what no replic
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 import logging
 import threading
@@ -23,7 +22,7 @@ from hf_paged.distributed.errors import ReplicaLost
 from hf_paged.distributed.groups import TIMEOUT_S
 from hf_paged.distributed.parcel import ended, pack_request, unpack_output
 from hf_paged.distributed.replicas import Handle
-from hf_paged.distributed.routing import Router
+from hf_paged.distributed.routing import Order, Router
 from hf_paged.engine.gate import Gate
 from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.loop import Deliver
@@ -31,7 +30,7 @@ from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.stats import EngineLoad, EngineStats, StepRecord
 from hf_paged.outputs import RequestOutput
-from hf_paged.sampling_params import SamplingParams
+from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +45,13 @@ class _Entry:
     request: Request
     parcel: bytes
     deliver: Deliver | None
-    order: tuple[int, int]
-    """Who goes first: priority (lower first), then arrival."""
+    order: Order
     handle: Handle | None = None
     """Who computes it; None while it waits."""
     told: bool = False
     """Whether its reader has seen some of it."""
+    generated: int = 0
+    """Tokens that its reader has seen."""
     aborted: bool = False
     tries: int = 0
 
@@ -97,7 +97,6 @@ class ReplicatedEngine:
         self._changed = threading.Condition(self._lock)
         """Something was delivered, or has ended."""
         self._entries: dict[str, _Entry] = {}
-        self._waiting: list[tuple[tuple[int, int], str]] = []
         self._arrivals = itertools.count()
         self._unclaimed: list[RequestOutput] = []
         self._closed = False
@@ -170,9 +169,9 @@ class ReplicatedEngine:
             if taken:
                 raise ValueError(f"request id {taken[0]!r} is in use already")
             for request, parcel in zip(requests, parcels, strict=True):
-                order = request.priority, next(self._arrivals)
-                self._entries[request.request_id] = _Entry(request, parcel, deliver, order)
-                heapq.heappush(self._waiting, (order, request.request_id))
+                entry = _Entry(request, parcel, deliver, (request.priority, next(self._arrivals)))
+                self._entries[request.request_id] = entry
+                self._queue(entry)
             self._hand_out()
 
     def drive(self) -> bool:
@@ -217,7 +216,7 @@ class ReplicatedEngine:
         each = [handle.state.load for handle in self._alive() if handle.state is not None]
         return EngineLoad(
             running=sum(load.running for load in each),
-            waiting=sum(load.waiting for load in each) + len(self._waiting),
+            waiting=sum(load.waiting for load in each) + self._router.num_waiting,
             active_pages=sum(load.active_pages for load in each),
             num_pages=max(sum(load.num_pages for load in each), 1),
             max_num_seqs=sum(load.max_num_seqs for load in each),
@@ -306,7 +305,6 @@ class ReplicatedEngine:
                 return
             for entry in list(self._entries.values()):
                 self._end(entry, ended(entry.request, "abort"))
-            self._waiting.clear()
         self.gate.open()
         replicas.close(self.handles)
 
@@ -319,30 +317,31 @@ class ReplicatedEngine:
 
     # ---- who computes what (the lock is held) ----------------------------------------------------------------------
 
+    def _queue(self, entry: _Entry) -> None:
+        request = entry.request
+        self._router.add(
+            request.request_id, entry.order, request.prompt_token_ids, request.sampling.n, request.max_tokens
+        )
+
     def _hand_out(self) -> None:
         """Gives replicas what they have room for, in order."""
-        while self._waiting:
-            order, request_id = self._waiting[0]
-            entry = self._entries.get(request_id)
-            if entry is not None and entry.order == order and entry.handle is None:
-                request = entry.request
-                number = self._router.choose(
-                    request_id, request.prompt_token_ids, request.sampling.n, request.max_tokens
-                )
-                if number is None:
-                    return
-                entry.handle = self.handles[number]
-                entry.handle.send("add", request_id, entry.parcel)
-            heapq.heappop(self._waiting)
+        while (taken := self._router.take()) is not None:
+            request_id, number = taken
+            entry = self._entries[request_id]
+            entry.handle = self.handles[number]
+            entry.handle.send("add", request_id, entry.parcel)
 
     def _end(self, entry: _Entry, output: RequestOutput) -> None:
         del self._entries[entry.request.request_id]
-        if entry.handle is not None:
-            self._router.done(entry.request.request_id, [len(sample.token_ids) for sample in output.outputs])
         self._deliver(entry, output)
+        n = entry.request.sampling.n
+        normal = output.error is None and not entry.aborted
+        self._router.done(entry.request.request_id, [entry.generated // n] * n if normal else ())
 
     def _deliver(self, entry: _Entry, output: RequestOutput) -> None:
         entry.told = True
+        tokens = sum(len(sample.token_ids) for sample in output.outputs)
+        entry.generated = tokens + entry.generated * (entry.request.sampling.output_kind is RequestOutputKind.DELTA)
         try:
             (entry.deliver or self._unclaimed.append)(output)
         except Exception:  # whoever waited for it is gone
@@ -395,7 +394,8 @@ class ReplicatedEngine:
                 else:
                     self._router.done(entry.request.request_id)
                     entry.handle = None
-                    heapq.heappush(self._waiting, (entry.order, entry.request.request_id))
+                    if self._alive():
+                        self._queue(entry)
             if not self._alive():
                 for entry in list(self._entries.values()):
                     self._end(entry, ended(entry.request, "error", handle.lost))
