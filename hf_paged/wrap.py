@@ -12,6 +12,7 @@ from hf_paged import many
 from hf_paged.config import EngineConfig
 from hf_paged.distributed.groups import join
 from hf_paged.distributed.shard import parallel_of, shard
+from hf_paged.distributed.spread import generate_spread
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
@@ -104,6 +105,7 @@ class PagedGenerationMixin(PagedSampling):
         sampling: many.Sampling | Sequence[many.Sampling] = None,
         *,
         progress: bool | None = None,
+        spread: bool = False,
     ) -> list[RequestOutput]:
         """Generates for many prompts at once, by continuous batching.
 
@@ -113,6 +115,9 @@ class PagedGenerationMixin(PagedSampling):
                 model's
                 own generation config, with `SamplingParams`' max_tokens where that names no length.
             progress: a progress bar; None shows one on a terminal.
+            spread: under torchrun or accelerate, where every process has a replica (or a part of one): all of them
+                give the same prompts, each replica computes a share, and every process gets all outputs. What is drawn
+                does not depend on their number.
 
         Returns:
             one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason
@@ -120,10 +125,13 @@ class PagedGenerationMixin(PagedSampling):
 
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            ParallelError: with `spread`: another process failed, is gone, or has other prompts.
         """
         engine = self.engine
         lm = causal_lm(self)
         requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
+        if spread:
+            return generate_spread(self, engine, requests, progress)
         return many.generate_many(engine, requests, progress)
 
     def score(

@@ -192,5 +192,5 @@ class Router:
     def _pages(self, prompt: list[int]) -> list[int]:
         pages: list[int] = []
         for end in range(self._page_size, len(prompt) + 1, self._page_size):
-            pages.append(hash((pages[-1] if pages else None, *prompt[end - self._page_size : end])))
+            pages.append(hash((pages[-1] if pages else 0, *prompt[end - self._page_size : end])))
         return pages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.groups import join
 from hf_paged.distributed.launch import Ranks, load_on_ranks
 from hf_paged.quantization.load import load
 from hf_paged.wrap import wrap
@@ -207,7 +210,7 @@ class EngineArgs:
             if given or self.dtype != "auto":
                 raise ValueError(f"the model is loaded already: {(given or ['dtype'])[0]} has nothing to act on")
             return wrap(self.model, config, tokenizer=self._load_tokenizer()), None
-        if self.data_parallel_size > 1:
+        if self.data_parallel_size > 1 and "RANK" not in os.environ:
             from hf_paged.llm.replicas import load_replicas
 
             replicated = load_replicas(self, worker_extension_cls)
@@ -217,6 +220,11 @@ class EngineArgs:
             "config": config, "tokenizer": self._load_tokenizer(), "revision": self.revision, "token": self.hf_token,
         }  # fmt: skip
         quantization, trusted = self.quantization or "auto", self.trust_remote_code
+        device = self.device
+        if self.data_parallel_size > 1:
+            _check_world(self)
+            if self.tensor_parallel_size == 1:
+                device = join(1, device).device
         if self.tensor_parallel_size > 1:
             options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
             return load_on_ranks(
@@ -224,7 +232,7 @@ class EngineArgs:
                 options=options, **common,
             )  # fmt: skip
         model = load(
-            self.model, dtype, quantization, self.device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
+            self.model, dtype, quantization, device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
             **common,
         )  # fmt: skip
         return model, None
@@ -246,6 +254,15 @@ class EngineArgs:
             token=self.hf_token,
             use_fast=self.tokenizer_mode != "slow",
             trust_remote_code=self.trust_remote_code,
+        )
+
+
+def _check_world(args: EngineArgs) -> None:
+    world, wanted = int(os.environ.get("WORLD_SIZE", 1)), math.prod(getattr(args, name) for name in PARALLEL)
+    if world != wanted:
+        raise ValueError(
+            f"data_parallel_size={args.data_parallel_size} replicas of {wanted // args.data_parallel_size} processes "
+            f"need {wanted}, and {world} were started: run torchrun with --nproc-per-node {wanted}"
         )
 
 

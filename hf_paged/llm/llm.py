@@ -11,6 +11,7 @@ from typing import Any
 from hf_paged import many
 from hf_paged.chat import load_chat_template, render_chat
 from hf_paged.distributed.replicated import ReplicatedEngine
+from hf_paged.distributed.spread import generate_spread
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
@@ -102,7 +103,7 @@ class LLM:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
         """
         requests = self._requests(_given(prompts, prompt_token_ids), sampling_params, lora_request, priority)
-        return many.generate_many(self.engine, requests, bool(use_tqdm))
+        return self._run(requests, bool(use_tqdm))
 
     def chat(
         self,
@@ -189,7 +190,12 @@ class LLM:
         """The outputs of what was enqueued, in that order."""
         with self._queue_lock:
             requests, self._queued = self._queued, []
-        return many.generate_many(self.engine, requests, bool(use_tqdm))
+        return self._run(requests, bool(use_tqdm))
+
+    def _run(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
+        if isinstance(self.engine, Engine) and self.args.data_parallel_size > 1:  # under torchrun
+            return generate_spread(self.model, self.engine, requests, progress)
+        return many.generate_many(self.engine, requests, progress)
 
     def _requests(
         self, prompts: Sequence[Prompt], params: Params, lora_request: None, priority: Sequence[int] | None
