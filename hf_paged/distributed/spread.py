@@ -48,7 +48,8 @@ def generate_spread(
 ) -> list[RequestOutput]:
     """As `many.generate_many`, each replica computing a share. All processes call it with the same requests.
 
-    Requests without seeds of their own get those of rank 0, so tokens do not depend on how many processes there are.
+    Requests get the ids and the seeds that they have on rank 0, so tokens do not depend on how many processes there
+    are.
 
     Args:
         model: of the engine.
@@ -61,14 +62,15 @@ def generate_spread(
     """
     if num_processes() == 1:
         return many.generate_many(engine, requests, progress, what)
-    told = gather((_fingerprint(requests), [request.seed for request in requests] if dist.get_rank() == 0 else []))
+    first = dist.get_rank() == 0
+    told = gather((_fingerprint(requests), [(request.request_id, request.seed) for request in requests if first]))
     if odd := [str(rank) for rank, (fingerprint, _) in enumerate(told) if fingerprint != told[0][0]]:
         raise Divergence(
             f"rank {', '.join(odd)} has other prompts or parameters than rank 0: to spread them, every process must "
             "give the same list"
         )
-    for request, seed in zip(requests, told[0][1], strict=True):
-        request.seed = seed
+    for request, (request_id, seed) in zip(requests, told[0][1], strict=True):
+        request.request_id, request.seed = request_id, seed
     parallel = parallel_of(causal_lm(model))
     ranks = parallel.size if parallel is not None else 1
     share = shares(engine, requests, num_processes() // ranks)[dist.get_rank() // ranks]

@@ -90,7 +90,7 @@ def rollout(out: Path, rank: int, options: dict[str, Any]) -> dict[str, Any]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     prompts = GROUPS[rank] if world > 1 else GROUPS[0] + GROUPS[1]
     found: dict[str, Any] = {"completions": generation.generate(prompts)[1]}
-    found["tokens"] = trainer.model.engine.stats.generation_tokens
+    found["tokens"] = generation._state.made.stats.generation_tokens
     if rank:
         handle = trainer.model.model.layers[1].register_forward_hook(fail)
     try:
