@@ -93,7 +93,8 @@ class TrainerGeneration:
         """Says that the weights changed. They are the trainer's own: nothing is moved."""
         engine = self._state.made
         if engine is not None:
-            engine.weights_updated()
+            with gathered(self._trainer.model_wrapped):  # it may look at them
+                engine.weights_updated()
 
     @property
     def llm(self) -> Any:

@@ -166,6 +166,10 @@ def die_at_once(parallel: TensorParallel) -> Any:
     return build_part(parallel)
 
 
+def one_family(parallel: TensorParallel, out: Path) -> dict[str, Any]:
+    return generate(hf_paged.wrap(shard(family_model("Llama"), parallel), **OPTIONS))
+
+
 # ---- replicas ------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +337,7 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
 
 JOBS: dict[str, Callable[..., Any]] = {
     "families": families,
+    "one_family": one_family,
     "compiled": compiled,
     "every_feature": every_feature,
     "faults": faults,

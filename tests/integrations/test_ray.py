@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -91,10 +92,20 @@ def test_prefixes_meet(url: str) -> None:
 def test_clients_that_go_away(url: str) -> None:
     """Their requests end: others find room, and no page is held for them."""
     body = {"model": "tiny", "prompt": "The sea", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    for _ in range(20):
+    for _ in range(4):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
             next(stream.iter_lines())
-    assert complete(url, "The sea is")["choices"][0]["text"]
+    aborted = 'request_success_total{finished_reason="abort",model_name="tiny"} 4.0'
+    end = time.monotonic() + 20
+    while aborted not in (metrics := _metrics_where(url, "The sea")) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert aborted in metrics and 'num_requests_running{model_name="tiny"} 0.0' in metrics
+
+
+def _metrics_where(url: str, prompt: str) -> str:
+    """Of the replica that such a prompt is sent to."""
+    body = json.dumps({"prompt": prompt}).encode()
+    return httpx.request("GET", f"{url}/metrics", content=body, timeout=60).text
 
 
 def test_a_dataset(cluster: None, tiny_checkpoint: str, alone: Any) -> None:
