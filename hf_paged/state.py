@@ -128,6 +128,7 @@ def build_engine(
         max_num_seqs=executor.max_num_seqs,
         max_num_batched_tokens=executor.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
+        micro_batches=executor.micro_batches,
         max_prompt_logits=max(
             1, PROMPT_LOGITS_BYTES // (executor.layout.vocab_size * executor.layout.kv_dtype.itemsize)
         ),
@@ -146,9 +147,10 @@ def build_engine(
     drafters: dict[SpeculativeConfig, Drafter] = {}
     if drafting is not None and executor.drafter is not None:
         drafters[drafting] = executor.drafter
-    speculator = Speculator(executor.max_verify_rows, drafters, steady=parallel is not None)
+    verify_rows = executor.max_verify_rows if executor.micro_batches == 1 else 0  # stages verify nothing yet
+    speculator = Speculator(verify_rows, drafters, steady=parallel is not None)
     if isinstance(executor, ParallelExecutor):
-        leads = executor.parallel.led and executor.parallel.rank == 0
+        leads = executor.parallel.led and executor.parallel.link.rank == 0
         return (LeadingEngine if leads else ParallelEngine)(executor, scheduler, intake, speculator)
     return Engine(executor, scheduler, intake, speculator)
 

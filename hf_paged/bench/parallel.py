@@ -1,9 +1,10 @@
 """Decode steps of a model spread over several GPUs, and what its sums across them cost.
 
     torchrun --nproc-per-node 2 -m hf_paged.bench.parallel llama-3.1-8b --batches 1,128 --tp 2
+    torchrun --nproc-per-node 2 -m hf_paged.bench.parallel llama-3.1-8b --batches 1,128 --pp 2
 
-Weights are random, and each rank makes its own part alone. Rank 0 prints a table and a line of JSON. `--tp 1` is the
-same on one GPU, without torchrun.
+Weights are random, and each rank makes its own part alone. Rank 0 prints a table and a line of JSON. With neither it is
+one GPU, without torchrun. A step of a pipeline is one of all its micro-batches: a token for every sequence.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from torch import Tensor
 
 import hf_paged
 from hf_paged.bench.models import DTYPES, QUANTIZATIONS, SHAPES, quantized, random_model
-from hf_paged.distributed.collectives import all_reduce, one_shot_bytes
+from hf_paged.distributed.collectives import all_reduce, pushed_bytes
 from hf_paged.distributed.groups import TensorParallel, join
-from hf_paged.distributed.plan import make_plan
-from hf_paged.distributed.shard import install
+from hf_paged.distributed.shard import install, plan_part
 from hf_paged.engine.engine import Engine
 from hf_paged.quantization.assemble import compute_buffers, place
 
@@ -44,8 +44,8 @@ def random_part(config: Any, dtype: torch.dtype, parallel: TensorParallel, quant
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plan = make_plan(model, parallel.rank, parallel.size)
-    own = torch.Generator(parallel.device).manual_seed(1 + parallel.rank)
+    plan = plan_part(model, parallel)
+    own = torch.Generator(parallel.device).manual_seed(1 + parallel.link.rank)
     common = torch.Generator(parallel.device).manual_seed(0)
     for name, parameter in model.named_parameters():
         shape, cut = list(parameter.shape), plan.cut_of(name)
@@ -112,18 +112,19 @@ def run_parallel(
         times = _time_decodes(model.engine, prompts[:batch], steps, rounds, device)
         row: dict[str, Any] = {"batch": batch, "step_s": statistics.median(times), "rounds_s": times}
         row["tokens_per_s"] = batch / row["step_s"]
-        if parallel is not None:
+        if parallel is not None and parallel.size > 1:
             row["all_reduce_us"] = time_sums(parallel, batch, config.hidden_size, dtype)
         rows.append(row)
     result = {
         "model": name,
         "layers": config.num_hidden_layers,
         "tensor_parallel_size": 1 if parallel is None else parallel.size,
+        "pipeline_parallel_size": 1 if parallel is None or parallel.pipeline is None else parallel.pipeline.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": quantization,
         "context": context,
-        "sums_per_step": 0 if parallel is None else 2 * config.num_hidden_layers + 1,
+        "sums_per_step": 0 if parallel is None or parallel.size == 1 else 2 * config.num_hidden_layers + 1,
         "weight_bytes_per_rank": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         "pages": model.engine.scheduler.num_pages,
         "decode": rows,
@@ -136,6 +137,7 @@ def _time_decodes(
     engine: Engine, prompts: list[list[int]], steps: int, rounds: int, device: torch.device
 ) -> list[float]:
     """Mean seconds of a step that only decodes, per round."""
+    parts = min(engine.executor.micro_batches, len(prompts))
     sampling = hf_paged.SamplingParams(
         temperature=0.0, max_tokens=len(prompts[0]) + (steps * rounds + WARM_STEPS) * 2, ignore_eos=True
     )
@@ -144,15 +146,15 @@ def _time_decodes(
     decoding: list[int] = []
     engine.observers.append(lambda record: decoding.append(len(record.decodes)))
     try:
-        while not decoding or decoding[-1] < len(prompts):
+        while sum(decoding[-parts:]) < len(prompts):
             engine.step()
-        for _ in range(WARM_STEPS):
+        for _ in range(WARM_STEPS * parts):
             engine.step()
         times = []
         for _ in range(rounds):
             _synchronize(device)
             start = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(steps * parts):
                 engine.step()
             _synchronize(device)
             times.append((time.perf_counter() - start) / steps)
@@ -189,7 +191,7 @@ def time_sums(parallel: TensorParallel, rows: int, width: int, dtype: torch.dtyp
             return torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", parallel.name)
 
         copy = torch.ops.symm_mem.one_shot_all_reduce_copy
-        if x.nbytes <= 8 * one_shot_bytes(parallel.size):
+        if x.nbytes <= 8 * pushed_bytes(parallel.size):
             methods["one-shot"] = lambda x: copy(buffer, x.view(-1), "sum", parallel.name)
         methods["two-shot"] = two_shot
     found: dict[str, float | str] = {}
@@ -236,7 +238,8 @@ def _synchronize(device: torch.device) -> None:
 def as_text(result: dict[str, Any]) -> str:
     """A table for people."""
     kind = result["quantization"] or result["dtype"]
-    where = f"{result['tensor_parallel_size']} x {result['device']}"
+    sizes = result["tensor_parallel_size"], result["pipeline_parallel_size"]
+    where = f"{result['device']}, tensor parallel {sizes[0]}, pipeline parallel {sizes[1]}"
     lines = [
         f"{result['model']} ({result['layers']} layers), {kind}, {where}: "
         f"{result['weight_bytes_per_rank'] / 2**30:.2f} GiB of weights per rank, {result['pages']} pages, prompts of "
@@ -256,7 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; rank 0 prints."""
     parser = argparse.ArgumentParser(prog="python -m hf_paged.bench.parallel", description=__doc__.partition("\n")[0])
     parser.add_argument("model", choices=list(SHAPES))
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share the model")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer")
+    parser.add_argument("--pp", type=int, default=1, help="groups of such ranks, each with some of the layers")
     parser.add_argument("--batches", default="1,128", help="sequences that decode at once, several by commas")
     parser.add_argument("--context", type=int, default=900, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
@@ -268,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--log", action="store_true", help="show the library's log")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if given.log else logging.WARNING)
-    parallel = join(given.tp, given.device) if given.tp > 1 else None
+    parallel = join(given.tp, given.device, stages=given.pp) if given.tp * given.pp > 1 else None
     result = run_parallel(
         given.model,
         [int(batch) for batch in given.batches.split(",")],
@@ -280,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
         quantization=given.quantization,
         layers=given.layers,
     )
-    if parallel is None or parallel.rank == 0:
+    if parallel is None or parallel.link.rank == 0:
         sys.stdout.write(f"{as_text(result)}\n{json.dumps(result)}\n")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,31 +17,31 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT_BYTES = {2: 2 << 20, 3: 1 << 20, 4: 512 << 10}
-"""By ranks, the largest sum that one kernel does by reading every rank's part at once; with more ranks than these
-`ONE_SHOT_BYTES_OF_MANY`. Beyond it every rank would read too much."""
-ONE_SHOT_BYTES_OF_MANY = 256 << 10
-ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
-"""What torch's kernel adds."""
+PUSHED_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10}
+"""By ranks, the largest sum that one kernel does by pushing every rank's part to all others; with more ranks than these
+`PUSHED_BYTES_OF_MANY`. Beyond it every rank would push too much."""
+PUSHED_BYTES_OF_MANY = 256 << 10
 
 _gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """By its newer name, where torch has it: under the other it warns."""
 
-_shared: dict[str, Tensor] = {}
-"""By group: memory that every rank of it can read."""
+_shared: dict[str, Any] = {}
+"""By group: the `SharedMemory` through which it sums, where there is one."""
 
 _library = torch.library.Library("hf_paged", "FRAGMENT")
 _library.define("all_reduce(Tensor input, str group) -> Tensor")
+_library.define("all_reduce_add(Tensor input, Tensor addend, str group) -> Tensor")
 _library.define("all_gather(Tensor input, int[] widths, str group) -> Tensor")
 
 
-def one_shot_bytes(ranks: int) -> int:
-    """The largest sum, in bytes, that goes through the one-shot kernel."""
-    return ONE_SHOT_BYTES.get(ranks, ONE_SHOT_BYTES_OF_MANY)
+def pushed_bytes(ranks: int) -> int:
+    """The largest sum, in bytes, that ranks push to each other."""
+    return PUSHED_BYTES.get(ranks, PUSHED_BYTES_OF_MANY)
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Makes the memory through which small sums go on GPUs of one host; all ranks call it.
+    """Makes the memory through which small sums go on GPUs of one host; all ranks call it, and none of them sums before
+    all have come back from it.
 
     Returns:
         whether this rank has it. `forget_memory` where another one has not: all of them must sum the same way.
@@ -48,15 +49,26 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        from torch.distributed import _symmetric_memory
-
-        buffer = _symmetric_memory.empty(one_shot_bytes(group.size()), dtype=torch.uint8, device=device)
-        _symmetric_memory.rendezvous(buffer, group.group_name)
+        _shared[group.group_name] = _make_memory(group, device)
     except Exception as error:  # GPUs without a link between them, a driver or container that does not allow it
         logger.warning("sums across ranks go through NCCL alone: GPUs share no memory (%s)", error)
         return False
-    _shared[group.group_name] = buffer
     return True
+
+
+def _make_memory(group: dist.ProcessGroup, device: torch.device) -> Any:
+    from torch.distributed import _symmetric_memory
+
+    from hf_paged.kernels.triton.all_reduce import BLOCK_BYTES, EMPTY, SharedMemory, memory_bytes
+
+    capacity = pushed_bytes(group.size())
+    own = _symmetric_memory.empty(memory_bytes(group.size(), capacity), dtype=torch.uint8, device=device)
+    addresses = _symmetric_memory.rendezvous(own, group.group_name).buffer_ptrs
+    own.view(torch.int16).fill_(EMPTY)
+    turns = torch.zeros(capacity // BLOCK_BYTES, dtype=torch.int32, device=device)
+    made = SharedMemory(own, torch.tensor(addresses, dtype=torch.int64, device=device), turns, group.rank())
+    torch.cuda.synchronize(device)
+    return made
 
 
 def forget_memory(group: dist.ProcessGroup) -> None:
@@ -69,20 +81,58 @@ def all_reduce(input: Tensor, group: str) -> Tensor:
     return torch.ops.hf_paged.all_reduce(input, group)
 
 
+def fuse_additions(graph: torch.fx.Graph) -> None:
+    """Has sums take in what is added to them right away, the residual stream: one kernel less per sum. A pass over what
+    a compiler has made of a layer."""
+    add = torch.ops.aten.add.Tensor
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.hf_paged.all_reduce.default)):
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not add or users[0].kwargs:
+            continue
+        (user,) = users
+        addend = user.args[1] if user.args[0] is node else user.args[0]
+        if addend is node or not isinstance(addend, torch.fx.Node) or not _alike(node, addend):
+            continue
+        with graph.inserting_before(user):
+            fused = graph.call_function(torch.ops.hf_paged.all_reduce_add.default, (node.args[0], addend, node.args[1]))
+        fused.meta.update(user.meta)
+        user.replace_all_uses_with(fused)
+        graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _alike(one: torch.fx.Node, other: torch.fx.Node) -> bool:
+    first, second = one.meta.get("val"), other.meta.get("val")
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    return first.dtype == second.dtype and first.shape == second.shape
+
+
 def all_gather(input: Tensor, widths: Sequence[int], group: str) -> Tensor:
     """`[..., widths[rank]]` -> `[..., sum(widths)]`: all ranks' columns side by side, in the order of the ranks."""
     return torch.ops.hf_paged.all_gather(input, widths, group)
 
 
 def _all_reduce(input: Tensor, group: str) -> Tensor:
-    buffer, size = _shared.get(group), input.numel() * input.element_size()
-    fits = buffer is not None and 0 < size <= buffer.numel() and size % 16 == 0
-    if buffer is not None and fits and input.dtype in ONE_SHOT_DTYPES:
-        staged = buffer[:size].view(input.dtype)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(staged, input.reshape(-1), "sum", group).view(input.shape)
+    memory = _shared.get(group)
+    if memory is not None and memory.takes(input):
+        return _push_sum(input, memory, None)
     total = input.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
     return total
+
+
+def _all_reduce_add(input: Tensor, addend: Tensor, group: str) -> Tensor:
+    memory = _shared.get(group)
+    if memory is not None and memory.takes(input):
+        return _push_sum(input, memory, addend)
+    return _all_reduce(input, group) + addend
+
+
+def _push_sum(input: Tensor, memory: Any, addend: Tensor | None) -> Tensor:
+    from hf_paged.kernels.triton.all_reduce import push_sum
+
+    return push_sum(input.contiguous(), memory, None if addend is None else addend.contiguous())
 
 
 def _all_gather(input: Tensor, widths: Sequence[int], group: str) -> Tensor:
@@ -98,11 +148,17 @@ def _shape_of_sum(input: Tensor, group: str) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
+def _shape_of_sum_and_add(input: Tensor, addend: Tensor, group: str) -> Tensor:
+    return _shape_of_sum(input, group)
+
+
 def _shape_of_gather(input: Tensor, widths: Sequence[int], group: str) -> Tensor:
     return input.new_empty(*input.shape[:-1], sum(widths))
 
 
 _library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")
+_library.impl("all_reduce_add", _all_reduce_add, "CompositeExplicitAutograd")
 _library.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_paged::all_reduce", _shape_of_sum, lib=_library)
+torch.library.register_fake("hf_paged::all_reduce_add", _shape_of_sum_and_add, lib=_library)
 torch.library.register_fake("hf_paged::all_gather", _shape_of_gather, lib=_library)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hf_paged.distributed.collectives import forget_memory, share_memory
 from hf_paged.distributed.link import Link, connect
+from hf_paged.distributed.pipeline import Pipeline
 
 TIMEOUT_S = 300.0
 """How long a rank may keep the others waiting: loading and compiling are part of it."""
@@ -26,9 +27,11 @@ class TensorParallel:
     """Of the device's own backend: what collectives of the model go through."""
     device: torch.device
     link: Link
-    """Messages between the hosts."""
+    """Messages between the hosts, of all stages."""
     led: bool = False
-    """Whether only rank 0 is called, and the others follow it; else every rank runs the same program."""
+    """Whether only the link's rank 0 is called, and the others follow it; else every rank runs the same program."""
+    pipeline: Pipeline | None = None
+    """Where `rank` and `size` are a stage's: which one this is. None: there is one."""
 
     @property
     def name(self) -> str:
@@ -49,15 +52,17 @@ def join(
     device: torch.device | str | int | None = None,
     timeout_s: float = TIMEOUT_S,
     *,
+    stages: int = 1,
     led: bool = False,
 ) -> TensorParallel:
-    """This process's place in a group of `size` ranks; all processes call it at the same time.
+    """This process's place in a group of `size` ranks, or `size * stages`; all processes call it at the same time.
 
-    The processes that torchrun started are taken in order, `size` by `size`: with twice as many, two groups compute a
-    replica each.
+    The processes that torchrun started are taken in order, `size` by `size` for a stage, and stage by stage: with twice
+    as many, two groups compute a replica each.
 
     Args:
-        size: ranks that share a model.
+        size: ranks that share every layer.
+        stages: groups of such ranks, each with some of the layers.
         device: None: the GPU of this process's place on its host, or the CPU where there is none.
         timeout_s: a rank that keeps the others waiting for so long counts as lost.
         led: whether only rank 0 will be called.
@@ -65,36 +70,54 @@ def join(
     Raises:
         ValueError: there is no such number of processes, or of GPUs.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"tensor_parallel_size must be a positive integer, got {size!r}")
+    total = num_ranks(size, stages)
+    sizes = f"tensor_parallel_size={size}" + (f" and pipeline_parallel_size={stages}" if stages > 1 else "")
     if not under_torchrun():
         raise ValueError(
-            f"tensor_parallel_size={size} needs {size} processes, and this is one: run the script with "
-            f"`torchrun --nproc-per-node {size} script.py`, or let hf_paged.distributed.launch.start begin the others"
+            f"{sizes} needs {total} processes, and this is one: run the script with "
+            f"`torchrun --nproc-per-node {total} script.py`, or let hf_paged.distributed.launch.start begin the others"
         )
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if world % size:
+    if world % total:
         raise ValueError(
-            f"tensor_parallel_size={size} does not divide the {world} processes that were started: run torchrun with "
-            f"--nproc-per-node {size}"
+            f"{sizes}, that is {total} ranks, does not divide the {world} processes that were started: run torchrun "
+            f"with --nproc-per-node {total}"
         )
     device = _own_device(device)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    own = dist.get_rank() // size
-    for first in range(0, world, size):  # every process makes every group
-        ranks = list(range(first, first + size))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        made = dist.new_group(ranks, timeout=timeout, backend=backend)
-        host = dist.new_group(ranks, timeout=timeout, backend="gloo")
-        if first == own * size:
-            group, control = made, host
-    rank = dist.get_rank() % size
-    link = connect(rank, size, control, timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    own = dist.get_rank()
+
+    def make_group(every: list[list[int]], backend: str = backend) -> dist.ProcessGroup:
+        """The group of this process's; every process makes every group."""
+        made = [(ranks, dist.new_group(ranks, timeout=timeout, backend=backend)) for ranks in every]
+        return next(group for ranks, group in made if own in ranks)
+
+    replicas = [range(first, first + total) for first in range(0, world, total)]
+    group = make_group([list(ranks[first : first + size]) for ranks in replicas for first in range(0, total, size)])
+    control = make_group([list(ranks) for ranks in replicas], "gloo")
+    pipeline = None
+    if stages > 1:
+        passed = make_group([list(ranks[place::size]) for ranks in replicas for place in range(size)])
+        pipeline = Pipeline(own % total // size, stages, passed)
+    link = connect(own % total, total, control, timeout_s)
     if not all(link.exchange("setting up shared memory", share_memory(group, device))):
         forget_memory(group)
-    return TensorParallel(rank, size, group, device, link, led)
+    return TensorParallel(own % size, size, group, device, link, led, pipeline)
+
+
+def num_ranks(size: int, stages: int) -> int:
+    """Processes that a model takes.
+
+    Raises:
+        ValueError: no such sizes.
+    """
+    for name, value in (("tensor_parallel_size", size), ("pipeline_parallel_size", stages)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return size * stages
 
 
 def _own_device(device: torch.device | str | int | None) -> torch.device:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from hf_paged.distributed.errors import ParallelError, PeerLost
-from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join
+from hf_paged.distributed.groups import TIMEOUT_S, TensorParallel, join, num_ranks
 from hf_paged.distributed.lockstep import ParallelEngine, follow
 from hf_paged.model.introspect import causal_lm
 
@@ -70,6 +70,7 @@ def load_on_ranks(
     *,
     device: torch.device | str | None = None,
     timeout_s: float = TIMEOUT_S,
+    pipeline_parallel_size: int = 1,
     **options: Any,
 ) -> tuple[Any, Ranks | None]:
     """A checkpoint's model on several ranks, however this process was started.
@@ -85,8 +86,8 @@ def load_on_ranks(
     """
     build: Build = functools.partial(load_part, path_or_id, **options)
     if "RANK" in os.environ:
-        return build(join(tensor_parallel_size, device, timeout_s)), None
-    ranks = start(build, tensor_parallel_size, device, timeout_s)
+        return build(join(tensor_parallel_size, device, timeout_s, stages=pipeline_parallel_size)), None
+    ranks = start(build, tensor_parallel_size, device, timeout_s, stages=pipeline_parallel_size)
     return ranks.model, ranks
 
 
@@ -124,11 +125,20 @@ class Ranks:
         _kill(self._children)
 
 
-def start(build: Build, size: int, device: torch.device | str | None = None, timeout_s: float = TIMEOUT_S) -> Ranks:
-    """Spreads a model over `size` processes of this host, of which this one is the first.
+def start(
+    build: Build,
+    size: int,
+    device: torch.device | str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    *,
+    stages: int = 1,
+) -> Ranks:
+    """Spreads a model over `size * stages` processes of this host, of which this one is the first.
 
     Args:
         build: called on every rank.
+        size: ranks that share every layer.
+        stages: groups of such ranks, each with some of the layers.
         device: "cuda" or "cpu"; None: GPUs, where there are any.
         timeout_s: a rank that keeps the others waiting for so long counts as lost.
 
@@ -136,22 +146,23 @@ def start(build: Build, size: int, device: torch.device | str | None = None, tim
         ValueError: too few GPUs, or a group of processes exists already.
         ParallelError: another rank failed while it started; with its error.
     """
+    total = num_ranks(size, stages)
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is in use in this process: under torchrun call hf_paged.load(..., "
             f"tensor_parallel_size={size}) on every rank instead"
         )
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if kind == "cuda" and torch.cuda.device_count() < size:
-        raise ValueError(f"tensor_parallel_size={size}, and there are {torch.cuda.device_count()} GPUs")
+    if kind == "cuda" and torch.cuda.device_count() < total:
+        raise ValueError(f"the model is to be spread over {total} GPUs, and there are {torch.cuda.device_count()}")
     timeout = timedelta(seconds=timeout_s)
-    job = pickle.dumps((build, kind, timeout_s))
-    store = dist.TCPStore(HOST, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
-    children = [_spawn(rank, size, store.port, job) for rank in range(1, size)]
+    job = pickle.dumps((build, kind, timeout_s, size, stages))
+    store = dist.TCPStore(HOST, 0, total, is_master=True, timeout=timeout, wait_for_workers=False)
+    children = [_spawn(rank, total, store.port, job) for rank in range(1, total)]
     try:
         _await(children, store, timeout_s)
-        dist.init_process_group(_backend(kind), store=store, rank=0, world_size=size, timeout=timeout)
-        parallel = join(size, torch.device(kind, 0) if kind == "cuda" else kind, timeout_s, led=True)
+        dist.init_process_group(_backend(kind), store=store, rank=0, world_size=total, timeout=timeout)
+        parallel = join(size, torch.device(kind, 0) if kind == "cuda" else kind, timeout_s, stages=stages, led=True)
         model = build(parallel)
         parallel.link.exchange("loading the model", None)
         model.engine  # noqa: B018 - it is made now, while all ranks make theirs
@@ -234,15 +245,15 @@ def _backend(kind: str) -> str:
 def serve() -> None:
     """A child's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is rank 0's to act upon
-    build, kind, timeout_s = pickle.load(sys.stdin.buffer)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    build, kind, timeout_s, size, stages = pickle.load(sys.stdin.buffer)
+    rank, total = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(HOST, int(os.environ["MASTER_PORT"]), size, is_master=False, timeout=timeout)
+    store = dist.TCPStore(HOST, int(os.environ["MASTER_PORT"]), total, is_master=False, timeout=timeout)
     started = False
     try:
         store.add("ready", 1)
-        dist.init_process_group(_backend(kind), store=store, rank=rank, world_size=size, timeout=timeout)
-        parallel = join(size, kind, timeout_s, led=True)
+        dist.init_process_group(_backend(kind), store=store, rank=rank, world_size=total, timeout=timeout)
+        parallel = join(size, kind, timeout_s, stages=stages, led=True)
         model = build(parallel)
         parallel.link.exchange("loading the model", None)
         engine: ParallelEngine = model.engine

@@ -20,7 +20,8 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import nn
 from hf_paged.config import EngineConfig
 from hf_paged.distributed.errors import ParallelError, PeerFailed
 from hf_paged.distributed.groups import TensorParallel
+from hf_paged.distributed.pipeline import stage_of
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.executor import StepResult
@@ -38,6 +40,7 @@ from hf_paged.engine.loop import Deliver
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.model.introspect import causal_lm
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.speculator import Speculator
 
@@ -62,7 +65,13 @@ class ParallelExecutor(ModelExecutor):
         parallel: TensorParallel,
     ) -> None:
         if config.exact:
-            raise ValueError("exact=True cannot be had with tensor parallelism: sums across ranks round differently")
+            raise ValueError("exact=True cannot be had with several ranks: sums across them round differently")
+        if parallel.pipeline is not None:
+            if speculation is not None:
+                raise ValueError("speculation cannot be had with pipeline parallelism yet: leave it out")
+            self.micro_batches = parallel.pipeline.size
+            self.most_in_flight = max(self.most_in_flight, self.micro_batches)
+            self.draws = parallel.pipeline.is_last
         if speculation is not None and speculation.model is not None:
             raise ValueError(
                 f"speculation by {speculation.method} cannot be had with tensor parallelism yet: take ngram or suffix"
@@ -71,8 +80,12 @@ class ParallelExecutor(ModelExecutor):
             raise ValueError("a PEFT adapter cannot be had with tensor parallelism yet: merge it into the weights")
         self.parallel = parallel
         self._watchdog = _Watchdog(parallel)
+        self._stage = stage_of(causal_lm(model))
         try:
-            super().__init__(model, config, speculation)
+            with ExitStack() as stack:
+                if self._stage is not None:
+                    stack.enter_context(self._stage.rehearsing())
+                super().__init__(model, config, speculation)
         except ParallelError:
             raise
         except Exception as error:
@@ -83,6 +96,10 @@ class ParallelExecutor(ModelExecutor):
 
     def _choose_num_pages(self, activations: int) -> int:
         return min(self.parallel.link.exchange("choosing the number of pages", super()._choose_num_pages(activations)))
+
+    def looks_ahead(self, request: Request) -> bool:
+        # Of a pipeline's micro-batches none goes on from tokens that are not known.
+        return self.parallel.pipeline is not None or super().looks_ahead(request)
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         self.parallel.link.agree("the next step", fingerprint(batch))
@@ -101,14 +118,23 @@ class ParallelExecutor(ModelExecutor):
         return any(self.parallel.link.exchange("looking at the weights", super().weights_changed()))
 
     def _wait(self, land: Callable[[], StepResult]) -> StepResult:
+        pipeline = self.parallel.pipeline
         with self._together():
-            return land()
+            result = land()
+        if pipeline is None:
+            return result
+        tells = pipeline.is_last and self.parallel.rank == 0
+        told = self.parallel.link.exchange("a step's tokens", _portable(result) if tells else None)
+        return told[(pipeline.size - 1) * self.parallel.size]
 
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Around what goes through collectives. If one rank fails in there, no rank knows where the others stand."""
         try:
-            with self._watchdog.armed():
+            with ExitStack() as stack:
+                stack.enter_context(self._watchdog.armed())
+                if self._stage is not None:
+                    stack.enter_context(self._stage.living())
                 yield
         except Exception as error:
             raise self.parallel.link.blame(error) from error
@@ -163,7 +189,7 @@ class ParallelEngine(Engine):
         for request_id, sequences in progress:
             for sequence, (tokens, reason) in zip(self._requests[request_id][0].sequences, sequences, strict=True):
                 sequence.tokens[:], sequence.finish_reason = tokens, reason
-        self._flight = None
+        self._flights.clear()
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
 
@@ -197,7 +223,7 @@ class LeadingEngine(ParallelEngine):
             self._tell("abort", lambda: super(LeadingEngine, self)._abort(known), known)
 
     def _compute_step(self) -> None:
-        if self._requests or self._flight is not None:
+        if self._requests or self._flights:
             self._tell("step", super()._compute_step)
 
     def _land_flight(self) -> None:
@@ -261,6 +287,8 @@ def follow(engine: ParallelEngine) -> None:
         call, argument = engine.link.next_call()
         if call == "end":
             return
+        if engine.link.epoch != engine._epoch:
+            engine._flights.clear()  # rank 0 let go of them
         try:
             engine._take_turn(lambda call=call, argument=argument: calls[call](argument))  # type: ignore[misc]
         except PeerFailed as error:
@@ -289,6 +317,19 @@ def fingerprint(batch: Batch) -> int:
         for chunk in batch.chunks
     ]
     return hash((tuple(rows), tuple(chunks)))
+
+
+def _portable(result: StepResult) -> StepResult:
+    """A step's result as it can be sent: errors that cannot are told in words."""
+    return replace(result, errors={place: _as_sent(error) for place, error in result.errors.items()})
+
+
+def _as_sent(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def common_seeds(parallel: TensorParallel) -> Callable[[], int]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_paged.distributed.groups import TensorParallel
 from hf_paged.distributed.layers import GatherOutput, Lookup, SplitInput, SumOutput
+from hf_paged.distributed.pipeline import cut_stage
 from hf_paged.distributed.plan import LinearCut, PlanError, ShardPlan, make_plan
 from hf_paged.quantization.fp8 import FP8Linear
 from hf_paged.quantization.w4 import W4Linear, pack_codes, unpack_codes
@@ -39,10 +40,24 @@ def shard(lm: Any, parallel: TensorParallel) -> Any:
     Raises:
         PlanError: it cannot be cut over so many ranks; it is unchanged then.
     """
-    plan = make_plan(lm, parallel.rank, parallel.size)
+    plan = plan_part(lm, parallel)
     cut_model(lm, plan, parallel.rank)
     install(lm, plan, parallel)
     return lm
+
+
+def plan_part(lm: Any, parallel: TensorParallel) -> ShardPlan:
+    """Leaves a model, which may be on the meta device, the layers of this rank's stage, and says what this rank has of
+    them.
+
+    Raises:
+        PlanError: it cannot be cut over so many ranks.
+    """
+    if parallel.pipeline is None:
+        return make_plan(lm, parallel.rank, parallel.size)
+    plan = ShardPlan() if parallel.size == 1 else make_plan(lm, parallel.rank, parallel.size)  # refuses early
+    cut_stage(lm, parallel.pipeline)
+    return plan if parallel.size == 1 else make_plan(lm, parallel.rank, parallel.size)
 
 
 @torch.no_grad()

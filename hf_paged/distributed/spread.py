@@ -72,7 +72,7 @@ def generate_spread(
     for request, (request_id, seed) in zip(requests, told[0][1], strict=True):
         request.request_id, request.seed = request_id, seed
     parallel = parallel_of(causal_lm(model))
-    ranks = parallel.size if parallel is not None else 1
+    ranks = parallel.link.size if parallel is not None else 1
     share = shares(engine, requests, num_processes() // ranks)[dist.get_rank() // ranks]
     failure: BaseException | None = None
     outputs: list[RequestOutput] = []

@@ -263,17 +263,17 @@ class Engine(StepLoop):
             self._compute_step()
 
     def _compute_step(self) -> None:
-        """Lands one step, and has the next one on its way before that where it may."""
+        """Lands one step, and has those after it on their way before that where they may be."""
         if self._unseen and self._requests:
             self._look_over()
-        if self._flight is None:
-            self._flight = self._launch()
-        if self._flight is None:
+        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
+            flight = self._launch()
+            if flight is None:
+                break
+            self._flights.append(flight)
+        if not self._flights:
             return
-        following = None if self._waits_for_tokens() else self._launch()
-        flight, self._flight = self._flight, following
-        if flight is not None:
-            self._land(flight)
+        self._land(self._flights.popleft())
         if not self._requests:
             self._drain()  # all were finished by what has just landed: nobody wants the next one
 

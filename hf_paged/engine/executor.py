@@ -34,6 +34,12 @@ class StepResult:
 class Executor:
     """Computes batches in the order they were launched."""
 
+    most_in_flight = 2
+    """Steps that may be launched before the first of them has landed."""
+    micro_batches = 1
+    """Steps over which running sequences are spread, each being in one at a time, so that pipeline stages compute
+    different ones at once."""
+
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         """Starts a step. What it returns waits for its results; steps land in the order of their launch.
 

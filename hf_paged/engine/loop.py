@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -68,7 +69,8 @@ class StepLoop:
         """Whether a change of the weights was counted since they were last looked at."""
         self._noticed = False
         """Whether the last change that was counted was noticed, and nobody has told of it yet."""
-        self._flight: _Flight | None = None
+        self._flights: deque[_Flight] = deque()
+        """Steps in the order of their launch."""
         self._landed_s = 0.0
         self._held: set[str] = set()
         """Requests whose tokens must be known before the next step is launched."""
@@ -78,7 +80,7 @@ class StepLoop:
     def _launch(self, retry: bool = False) -> _Flight | None:
         start, running = time.monotonic(), self.scheduler.running
         # A batch that is about to grow may be too large for drafts in a moment.
-        speculates = self._flight is None and not self.scheduler.growing and self.speculator.wants(len(running))
+        speculates = not self._flights and not self.scheduler.growing and self.speculator.wants(len(running))
         batch = self.scheduler.schedule(self.speculator.propose(running) if speculates else None)
         if not batch:
             return None
@@ -94,15 +96,17 @@ class StepLoop:
         return self._launch(retry=True)
 
     def _waits_for_tokens(self) -> bool:
-        """Whether nothing may be launched before the step in the air has landed."""
-        if self._held or (self._flight is not None and self._flight.batch.drafts):
+        """Whether nothing may be launched before what is in the air has landed."""
+        if self._held or (self._flights and self._flights[-1].batch.drafts):
             return True
         return not self.scheduler.growing and self.speculator.wants(len(self.scheduler.running))
 
     def _drain(self) -> None:
-        """Waits for a step whose results nobody wants."""
-        flight, self._flight = self._flight, None
-        if flight is not None and _poisons(flight.land()):
+        """Waits for steps whose results nobody wants."""
+        poisoned = False
+        while self._flights:
+            poisoned |= _poisons(self._flights.popleft().land())
+        if poisoned:
             self._purge()
 
     def _shrink(self) -> None:
@@ -118,9 +122,8 @@ class StepLoop:
 
     def _land_flight(self) -> None:
         """Leaves nothing in the air."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._land(flight)
+        while self._flights:
+            self._land(self._flights.popleft())
 
     def _start_over(self) -> None:
         """What is under way lands, and everything unfinished is computed again from its tokens."""
@@ -151,7 +154,7 @@ class StepLoop:
 
     def _recover(self) -> None:
         """Tokens already appended are whole. Everything else is made again from them."""
-        self._flight = None
+        self._flights.clear()
         requests = [request for request, _ in self._requests.values()]
         self.scheduler.recover(requests)
         for request in requests:

@@ -21,6 +21,7 @@ from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlan, SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages, page_bytes
 from hf_paged.config import EngineConfig
+from hf_paged.distributed.shard import parallel_of
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
 from hf_paged.engine.executor import Executor, StepResult
@@ -58,6 +59,9 @@ class ModelExecutor(Executor):
     steps of decodes alone are CUDA graphs. Requests that need the host to sample (a penalty, a processor, ...) are
     sampled before `launch` returns.
 
+    Attributes:
+        draws: whether steps end with logits, of which tokens are drawn; else what they return is empty.
+
     Args:
         speculation: may name a draft model or head.
 
@@ -65,6 +69,8 @@ class ModelExecutor(Executor):
         UnsupportedModelError: the model cannot be paged.
         ValueError: the memory for the pool does not hold a page, or max_model_len exceeds what the model can do.
     """
+
+    draws = True
 
     def __init__(self, model: nn.Module, config: EngineConfig, speculation: SpeculativeConfig | None = None) -> None:
         start = time.monotonic()
@@ -129,7 +135,8 @@ class ModelExecutor(Executor):
         self.drafter = load_drafter(self._speculation, config, self._lm, layout)
         self._compiled: CompiledLayers | None = None
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
-            self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules))
+            spread = parallel_of(self._lm) is not None
+            self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules), spread=spread)
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
         if self._captures and (reason := why_uncapturable(self._lm)):
             logger.info("steps run without CUDA graphs: %s", reason)
@@ -225,7 +232,9 @@ class ModelExecutor(Executor):
         # Drafts are asked for by requests too, not by the configuration alone.
         rows = max(self.max_num_seqs, self.max_verify_rows)
         shape = self.max_num_seqs, self._max_pages, self.page_size, rows
-        self._graphs = DecodeGraphs(self._runner, backend, *shape, exact=self._config.exact)
+        self._graphs = DecodeGraphs(
+            self._runner, backend, *shape, self.most_in_flight, draws=self.draws, exact=self._config.exact
+        )
         # Their forwards are of more rows than hidden states of graphs have a place for.
         if hasattr(backend, "capture_mixed") and (self.drafter is None or self.drafter.hidden is None):
             self._mixed = MixedGraphs(self._runner, backend, self._graphs, _num_weights(self._lm))
@@ -335,7 +344,10 @@ class ModelExecutor(Executor):
         params, dependent = self._device_sampler.params, bool(batch.drafts)
         landing = graphs.launch(batch.decodes, sources, params, writes, shared, dependent)
         self._previous = graphs.tokens
-        return lambda: _result(landing, batch.decodes)
+        return self._landed(landing, batch.decodes)
+
+    def _landed(self, landing: Landing, sequences: list[Sequence]) -> Callable[[], StepResult]:
+        return (lambda: _result(landing, sequences)) if self.draws else (lambda: StepResult([]))
 
     def _bring_tokens(self, graphs: DecodeGraphs, sources: np.ndarray | None) -> None:
         """After a step without a graph: its tokens go to where graphs look for them, and `sources` say where."""
@@ -366,10 +378,12 @@ class ModelExecutor(Executor):
         self._bring_tokens(self._graphs, inputs.sources)
         landing = self._mixed.launch(kind, batch, inputs, self._device_sampler.params)
         self._previous = self._graphs.tokens
-        return lambda: _result(landing, batch.sampled())
+        return self._landed(landing, batch.sampled())
 
     def _compute(self, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
         logits = self._runner.forward(inputs, self._previous)
+        if not self.draws:
+            return lambda: StepResult([])
         sequences = batch.sampled()
         prompt_logprobs = prompt_logprobs_of(batch, inputs, logits)
         scores = scores_of(batch, inputs, logits, self._runner.upload, exact=self._config.exact)

@@ -35,6 +35,8 @@ class Scheduler:
         max_num_batched_tokens: the token budget of a step, at least `max_num_seqs`.
         enable_prefix_caching: keep full pages in a prefix tree.
         max_prompt_logits: tokens of prompts whose logits may be wanted in one step; None is any number.
+        micro_batches: steps over which decodes are spread. With more than one, a sequence goes on only from tokens that
+            are known, so that others may be computed meanwhile.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         max_prompt_logits: int | None = None,
+        micro_batches: int = 1,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -57,6 +60,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.max_prompt_logits = max_prompt_logits or max_num_batched_tokens
+        self.micro_batches = micro_batches
         self.num_pages = num_pages
         self.stats = SchedulerStats()
         self.running: list[Sequence] = []
@@ -178,7 +182,7 @@ class Scheduler:
     # ---- one step ------------------------------------------------------------------------------------------
 
     def schedule(self, drafts: Mapping[Sequence, list[int]] | None = None) -> Batch:
-        """The next step. An empty batch means that nothing is left to do.
+        """The next step. An empty batch means that nothing is left to do before another step has landed.
 
         Args:
             drafts: tokens to verify, of decoding sequences; cut short where max_tokens, the budget or the pages end.
@@ -189,10 +193,15 @@ class Scheduler:
         preempted = False
         for_drafts = self._budget_for_drafts(budget) if drafts else 0
         decodes, page_size, running = batch.decodes, self.page_size, self.running
+        most_decodes = -(-len(running) // self.micro_batches)
         i = 0
         while i < len(running):
             sequence = running[i]
             start, total = sequence.num_computed, len(sequence.tokens)
+            enough = len(decodes) == most_decodes and total - start == 1
+            if self.micro_batches > 1 and (sequence.num_pending or enough):
+                i += 1  # it is in another step, or will be
+                continue
             if sequence.num_pending:
                 total += sequence.num_pending
                 if total - sequence.num_prompt >= sequence.request.max_tokens:
@@ -232,7 +241,8 @@ class Scheduler:
         if not preempted:
             self._admit(budget, batch)
         self._prefilled = bool(batch.chunks)
-        batch.page_writes, self._page_writes = self._page_writes, []
+        if batch:
+            batch.page_writes, self._page_writes = self._page_writes, []
         self.stats.peak_pages = max(self.stats.peak_pages, self.num_active_pages)
         return batch
 

@@ -74,8 +74,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """vLLM's arguments that have nothing to set here, with the values that can be had; () is any."""
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-MISSING = PARALLEL[1:2]
-"""Those that this version does not have."""
 
 
 @dataclass
@@ -223,13 +221,13 @@ class EngineArgs:
         device = self.device
         if self.data_parallel_size > 1:
             _check_world(self)
-            if self.tensor_parallel_size == 1:
+            if self.tensor_parallel_size * self.pipeline_parallel_size == 1:
                 device = join(1, device).device
-        if self.tensor_parallel_size > 1:
+        if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
             options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
             return load_on_ranks(
                 self.model, self.tensor_parallel_size, device=self.device, dtype=dtype, quantization=quantization,
-                options=options, **common,
+                options=options, pipeline_parallel_size=self.pipeline_parallel_size, **common,
             )  # fmt: skip
         model = load(
             self.model, dtype, quantization, device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
@@ -272,8 +270,6 @@ def check_parallel(args: EngineArgs) -> None:
         size = getattr(args, name)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if size > 1 and name in MISSING:
-            raise ValueError(f"{name}={size}: this version has no such parallelism; set it to 1")
 
 
 def _say_unused(name: str, value: Any) -> None:

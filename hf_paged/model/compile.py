@@ -13,6 +13,8 @@ import torch
 import torch._dynamo
 from torch import nn
 
+from hf_paged.distributed.collectives import fuse_additions
+
 _GPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
 """Small kernels that do not depend on each other (of queries and of keys, say) become one."""
 
@@ -43,12 +45,14 @@ class CompiledLayers:
 
     Args:
         layers: modules whose inputs are packed rows `[1, T, hidden]`; T stays symbolic.
+        spread: whether they sum across ranks.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], *, spread: bool = False) -> None:
         self._layers = layers
         on_gpu = any(parameter.is_cuda for layer in layers for parameter in layer.parameters())
-        self._calls = [_only_paged(layer, _GPU_OPTIONS if on_gpu else {}) for layer in layers]
+        options = (_GPU_OPTIONS if on_gpu else {}) | ({"post_grad_custom_pre_pass": _fusing_pass()} if spread else {})
+        self._calls = [_only_paged(layer, options) for layer in layers]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -56,6 +60,20 @@ class CompiledLayers:
         # transformers' layers share one function, whose programs are counted for all models together.
         with calls_replaced(self._layers, self._calls), torch._dynamo.config.patch(recompile_limit=_MANY):
             yield
+
+
+def _fusing_pass() -> Callable[[torch.fx.Graph], None]:
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # seconds, for those alone who compile
+
+    class FuseAdditions(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            fuse_additions(graph)
+
+        def uuid(self) -> str:
+            """What the pass does, for the compiler's cache."""
+            return "hf_paged.fuse_additions.1"
+
+    return FuseAdditions()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -122,6 +122,10 @@ class CudaRecorder:
             raise
 
 
+def _draw_nothing(*_: Any, **__: Any) -> None:
+    """Where a step ends without logits."""
+
+
 class CaptureFailed(RuntimeError):
     """The model does something in its forward that cannot be captured."""
 
@@ -136,6 +140,7 @@ class DecodeGraphs:
         in_flight: steps that may be launched before the first of them must have ended.
         page_size: tokens per page.
         recorder: makes the graphs.
+        draws: whether tokens are drawn of what a forward returns.
         exact: as in `token_sampler`.
     """
 
@@ -149,12 +154,13 @@ class DecodeGraphs:
         max_rows: int,
         in_flight: int = 2,
         recorder: Recorder | None = None,
+        draws: bool = True,
         exact: bool = False,
     ) -> None:
         from hf_paged.kernels.triton.prepare import prepare_decode, write_block_table
 
         self._prepare, self._write_table = prepare_decode, write_block_table
-        self.sample = token_sampler(exact)
+        self.sample = token_sampler(exact) if draws else _draw_nothing
         """What draws the tokens of a step; steps with prefill draw theirs with it too."""
         self._runner, self._backend, self.page_size = runner, backend, page_size
         self._device = device = runner.layout.device

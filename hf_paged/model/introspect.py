@@ -113,7 +113,8 @@ def inspect_model(model: nn.Module) -> ModelLayout:
         structure=structure(lm, modules),
         kv_dtype=recorder.dtype,
         device=device,
-        vocab_size=logits.shape[-1],
+        # A pipeline's stages before the last make no logits, and know how many there are.
+        vocab_size=getattr(lm.get_output_embeddings(), "num_logits", logits.shape[-1]),
         max_model_len=_max_model_len(lm.config.get_text_config()),
         takes_logits_to_keep="logits_to_keep" in inspect.signature(lm.forward).parameters,
     )

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hf_paged.config import EngineConfig
-from hf_paged.distributed.groups import TensorParallel, join
-from hf_paged.distributed.plan import ShardPlan, make_plan
-from hf_paged.distributed.shard import cut_model, install
+from hf_paged.distributed.groups import TensorParallel, join, num_ranks
+from hf_paged.distributed.plan import ShardPlan
+from hf_paged.distributed.shard import cut_model, install, plan_part
 from hf_paged.quantization import bitsandbytes
 from hf_paged.quantization.assemble import assemble, plan_loading, plan_plain
 from hf_paged.quantization.checkpoint import open_checkpoint, read_json
@@ -58,6 +58,7 @@ def load(
     trust_remote_code: bool = False,
     hf_overrides: Mapping[str, Any] | None = None,
     tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
     **overrides: Any,
 ) -> Any:
     """Loads a causal LM from a checkpoint and wraps it.
@@ -82,8 +83,9 @@ def load(
         revision, token: of a repository on the hub: a branch, tag or commit, and what opens it.
         trust_remote_code: run model code that comes with the checkpoint.
         hf_overrides: fields of the model's configuration to change.
-        tensor_parallel_size: processes that share the model, as torchrun started them; each reads its part alone. All
-            of them make this call, and every later one.
+        tensor_parallel_size: processes that share the model's layers, as torchrun started them; each reads its part
+            alone. All of them make this call, and every later one.
+        pipeline_parallel_size: groups of such processes, each with some of the layers.
 
     Returns:
         the model, in eval mode.
@@ -97,7 +99,9 @@ def load(
     """
     engine_config = (config or EngineConfig()).with_changes(**overrides)
     options = dict(hf_overrides or {}) | ({"trust_remote_code": True} if trust_remote_code else {})
-    parallel = None if tensor_parallel_size == 1 else join(tensor_parallel_size, device)
+    parallel = None
+    if num_ranks(tensor_parallel_size, pipeline_parallel_size) > 1:
+        parallel = join(tensor_parallel_size, device, stages=pipeline_parallel_size)
     model = load_model(
         path_or_id, dtype, quantization, device, revision=revision, token=token, options=options, parallel=parallel
     )
@@ -167,7 +171,7 @@ def load_model(
 
 def _part_of(model: Any, parallel: TensorParallel) -> Any:
     """This rank's part of a model that was loaded whole."""
-    shards = make_plan(model, parallel.rank, parallel.size)
+    shards = plan_part(model, parallel)
     cut_model(model, shards, parallel.rank)
     model.to(parallel.device)
     install(model, shards, parallel)
@@ -181,7 +185,7 @@ def _load_parts(
     checkpoint = open_checkpoint(folder) if any(folder.glob("*.safetensors*")) else None
     config = AutoConfig.from_pretrained(folder, **options)
     model = _empty_model(config, found := dtype or _dtype_of(config), options)
-    shards = make_plan(model, parallel.rank, parallel.size)
+    shards = plan_part(model, parallel)
     plan = plan_plain(model, checkpoint) if checkpoint is not None else None
     if checkpoint is not None and plan is not None:
         assemble(
@@ -194,6 +198,7 @@ def _load_parts(
         "%s: its tensors must be converted, so that each rank reads all of them before it keeps its part", folder
     )
     model = load_plain(folder, dtype, **options)
+    shards = plan_part(model, parallel)
     cut_model(model, shards, parallel.rank)
     return model, shards
 
@@ -276,12 +281,13 @@ def _load_quantized(
     dtype = dtype or _dtype_of(config)
     config.quantization_config = None if dequantized else options
     model = _empty_model(config, dtype, loading)
+    shards = None if parallel is None else plan_part(model, parallel)
     checkpoint = rename(model, checkpoint)
     plan = plan_loading(model, checkpoint, format)
-    if parallel is None:
+    if parallel is None or shards is None:
         assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized)
     else:
-        shards, rank = make_plan(model, parallel.rank, parallel.size), parallel.rank
+        rank = parallel.rank
         assemble(model, checkpoint, plan, format, dtype, device, dequantized=dequantized, shards=shards, rank=rank)
         install(model, shards, parallel)
     attach_kv_scales(model, checkpoint, options)

@@ -92,7 +92,7 @@ def assert_idle(model: Any) -> None:
     assert scheduler.num_active_pages == 0
     assert scheduler.pool.num_used == scheduler.tree.num_pages
     assert len(scheduler._slots) == scheduler.max_num_seqs
-    assert engine._flight is None
+    assert not engine._flights
 
 
 def captured(model: Any) -> list[int]:

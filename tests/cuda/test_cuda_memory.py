@@ -68,7 +68,8 @@ def test_sleep_gives_the_memory_back(backend: str) -> None:
     few = reserved()  # with all that is compiled, and what libraries keep for themselves
     model.engine.warm_up()
     awake = reserved()
-    assert captured(model) == sorted(set(model.engine.executor._graphs.sizes))
+    graphs = model.engine.executor._graphs
+    assert captured(model) == [size for size in graphs.sizes if size <= graphs.spare_slot], "no step is larger"
     pool, graphs = model.engine.executor.storage.num_bytes, awake - few
     assert pool > 1024 * MIB
     graphs_before = model.engine.executor._graphs

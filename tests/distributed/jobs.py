@@ -134,6 +134,26 @@ def features(model: Any) -> dict[str, Any]:
     return found
 
 
+def staged_families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
+    """By stages alone, or by both."""
+    found = {}
+    total = torch.distributed.get_world_size()
+    for tp in {1, total // 2}:
+        place = join(tp, "cpu", timeout_s=60, stages=total // tp)
+        for name in FAMILIES:
+            model = make_staged(name)
+            if len(model.model.layers) < place.pipeline.size:
+                continue
+            hf_paged.wrap(shard(model, place), **OPTIONS)
+            found[name, tp] = generate(model)
+            hf_paged.unwrap(model)
+    return found
+
+
+def make_staged(name: str) -> Any:
+    return make_model(name.partition(",")[0], **FAMILIES[name] | {"num_hidden_layers": 4})
+
+
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -239,8 +259,14 @@ def at_step(model: Any, number: int, work: Callable[[], Any]) -> None:
     observers.append(observe)
 
 
-def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
-    rank = parallel.rank
+def place_of(kind: str, timeout_s: float) -> TensorParallel:
+    """One of two, which share layers or have some each."""
+    return join(2, "cpu", timeout_s) if kind == "ranks" else join(1, "cpu", timeout_s, stages=2)
+
+
+def faults(_: TensorParallel, out: Path, kind: str) -> dict[str, Any]:
+    parallel = place_of(kind, 60)
+    rank = parallel.link.rank
     model = hf_paged.wrap(shard(family_model("Llama"), parallel), **OPTIONS)
     found: dict[str, Any] = {}
 
@@ -269,15 +295,15 @@ def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     prompts = [PROMPTS[rank]]
     report("divergence", attempt(lambda: model.generate_many(prompts, GREEDY)), attempt(run))
 
-    model = hf_paged.wrap(shard(family_model("Llama"), join(2, "cpu", timeout_s=2)), **OPTIONS)
+    model = hf_paged.wrap(shard(family_model("Llama"), place_of(kind, 2)), **OPTIONS)
     if rank:
         at_step(model, 2, lambda: time.sleep(5))
     report("hang", attempt(run))
 
-    model = hf_paged.wrap(shard(family_model("Llama"), join(2, "cpu", timeout_s=20)), **OPTIONS)
+    model = hf_paged.wrap(shard(family_model("Llama"), place_of(kind, 20)), **OPTIONS)
     if rank:
         model.engine  # noqa: B018
-        model.get_input_embeddings().register_forward_hook(lambda *_: os._exit(9))
+        model.model.layers[-1].register_forward_hook(lambda *_: os._exit(9))
     report("death", attempt(run), attempt(run))
     os._exit(0)  # a group with a dead member cannot be taken down
 
@@ -285,11 +311,12 @@ def faults(parallel: TensorParallel, out: Path) -> dict[str, Any]:
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def of_checkpoint(folder: Path, quantization: str | None, size: int) -> dict[str, Any]:
+def of_checkpoint(folder: Path, quantization: str | None, size: int, stages: int = 1) -> dict[str, Any]:
     """What a checkpoint's model says, on so many ranks, and how many bytes of it one holds."""
     model = hf_paged.load(
-        folder, quantization=quantization, device="cpu", tensor_parallel_size=size, fuse_linear=True, **OPTIONS
-    )
+        folder, quantization=quantization, device="cpu", tensor_parallel_size=size, pipeline_parallel_size=stages,
+        fuse_linear=True, **OPTIONS,
+    )  # fmt: skip
     held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     found = generate(model)
     hf_paged.unwrap(model)
@@ -315,6 +342,8 @@ def checkpoints(parallel: TensorParallel, out: Path, folder: str) -> dict[str, A
         name: of_checkpoint(Path(folder, where), quantization, parallel.size)
         for name, (where, quantization) in CHECKPOINTS.items()
     }
+    for name, (where, quantization) in CHECKPOINTS.items():
+        found[f"staged {name}"] = of_checkpoint(Path(folder, where), quantization, 1, parallel.size)
     for name in ("gptq, act-order", "fp8 in blocks of 48"):
         found[name] = attempt(lambda name=name: hf_paged.load(Path(folder, name), tensor_parallel_size=parallel.size))
     found["three ranks"] = attempt(lambda: hf_paged.load(Path(folder, "plain"), tensor_parallel_size=3))
@@ -332,10 +361,16 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     executor = model.engine.executor
     assert executor._runner.compiled is not None, "compiling failed"
     assert executor._fused is not None and len(executor._fused._products) == 2 * 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.generate_many(PROMPTS[:1], SamplingParams(temperature=0.0, max_tokens=1))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    layers = model.config.num_hidden_layers
+    assert calls["hf_paged::all_reduce_add"] == 2 * layers, "the residual stream is added within the sums"
     return found
 
 
 JOBS: dict[str, Callable[..., Any]] = {
+    "staged_families": staged_families,
     "families": families,
     "one_family": one_family,
     "compiled": compiled,

@@ -44,6 +44,10 @@ def test_tokens(folder: Path, found: list[dict[str, Any]], name: str) -> None:
     where, quantization = jobs.CHECKPOINTS[name]
     alone = jobs.of_checkpoint(folder / where, quantization, 1)
     for rank in found:
+        staged = rank[f"staged {name}"]
+        check_logprobs(staged, alone, 1e-3)
+        assert staged["greedy"] == alone["greedy"] and staged["sampled"] == alone["sampled"]
+        assert staged["bytes"] < 0.8 * alone["bytes"]
         check_logprobs(rank[name], alone, 0.3 if name == "fp8 on the fly" else 1e-3)
         if name != "fp8 on the fly":  # whose rows that are cut get a scale per part
             assert rank[name]["greedy"] == alone["greedy"]

@@ -9,10 +9,11 @@ import pytest
 import ranks
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["ranks", "stages"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of two ranks that share all layers, and of two with some each."""
     out: Path = tmp_path_factory.mktemp("faults")
-    results = ranks.finish(ranks.start("faults", 2, out), out)
+    results = ranks.finish(ranks.start("faults", 2, out, request.param), out)
     assert all(result is not None for result in results), ranks.logs(out, 2)
     assert "death" in results[0], ranks.logs(out, 2)
     return results
@@ -23,7 +24,7 @@ def test_refusals(found: list[dict[str, Any]]) -> None:
     for rank in found:
         kinds, messages, _ = zip(*rank["refused"], strict=True)
         assert kinds == ("ValueError",) * 3
-        assert "exact=True" in messages[0] and "eagle3" in messages[1] and "9999" in messages[2]
+        assert "exact=True" in messages[0] and "speculation" in messages[1] and "9999" in messages[2]
 
 
 def test_the_rank_with_the_least_memory_decides(found: list[dict[str, Any]]) -> None:

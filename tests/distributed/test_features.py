@@ -37,13 +37,14 @@ def test_under_torchrun(tmp_path: Path, alone: dict[str, Any]) -> None:
         assert_same(rank["drafting"], alone)
 
 
-def test_started_from_within(alone: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (1, 2)])
+def test_started_from_within(alone: dict[str, Any], size: int, stages: int) -> None:
     """Rank 0 is called like any model, and survives its own interrupts; a forward that the others do not know of is
     refused, and their death is an error."""
-    with start(jobs.build_part, 2, "cpu", timeout_s=60) as group:
+    with start(jobs.build_part, size, "cpu", timeout_s=60, stages=stages) as group:
         model = group.model
         assert_same(jobs.features(model), alone)
-        with pytest.raises(RuntimeError, match="torchrun"):
+        with pytest.raises(RuntimeError, match="torchrun" if stages == 1 else "pipeline parallelism"):
             model(torch.tensor([[1, 2]]))
         with pytest.raises(ValueError, match="picklable"):
             model.generate_many([[1, 2]], hf_paged.SamplingParams(logits_processors=[lambda ids, scores: scores]))

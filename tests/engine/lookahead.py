@@ -38,7 +38,7 @@ def assert_landed(engine: Engine) -> None:
     """Nothing is left of any request: not in the queues, not in the pool, not in the air."""
     check_nothing_left(engine)
     assert not engine._held
-    assert engine._flight is None
+    assert not engine._flights
 
 
 @dataclass

@@ -201,8 +201,8 @@ def test_a_request_comes_while_a_wasted_row_is_in_the_air(stock: Any, expected: 
         last: dict[str, RequestOutput] = {}
         while short not in last or not last[short].finished:
             last |= {output.request_id: output for output in engine.step()}
-        assert engine._flight is not None
-        assert any(s.finished for s in engine._flight.batch.decodes), "no wasted row"
+        assert engine._flights
+        assert any(s.finished for s in engine._flights[0].batch.decodes), "no wasted row"
         late = engine.add_request(PROMPTS[3], greedy(20))
         last |= drain(engine)
         assert last[short].outputs[0].token_ids == expected[4][: stop + 1]

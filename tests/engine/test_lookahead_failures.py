@@ -118,7 +118,7 @@ def test_nan_in_the_air_when_its_request_is_aborted(stock: Any, expected: list[l
         gone = engine.add_request(PROMPTS[3][:length] + [bad], greedy(8))
         engine.executor.looks_ahead = lambda request: True
         engine._read_inbox()
-        engine._flight = engine._launch()  # on its way, and not seen
+        engine._flights.append(engine._launch())  # on its way, and not seen
         engine.abort(gone)
         engine.step()
         mine = engine.add_request(PROMPTS[1], greedy(24))
@@ -154,7 +154,7 @@ def test_interrupted_with_a_step_in_the_air(
         fail_at(patch, engine.executor._runner, "forward", {call}, error("now"))
         with pytest.raises(error, match="now"):
             model.generate_many(PROMPTS, [greedy(12), seeded(9, n=3), *[greedy(12)] * 3])
-    assert engine._flight is None
+    assert not engine._flights
     assert drain(engine)[other].outputs[0].token_ids == expected[0][:20]
     assert_landed(engine)
     assert [o.outputs[0].token_ids for o in model.generate_many(PROMPTS, greedy(24))] == expected
@@ -190,7 +190,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lookahead: bool, late: bool)
         shrink, flights = engine._shrink, []
 
         def watched(engine: Engine = engine, shrink: Any = shrink, flights: list = flights) -> None:
-            flights.append(engine._flight)
+            flights.append(engine._flights[0] if engine._flights else None)
             known = [sequence.num_generated for sequence in flights[-1].batch.sampled()] if flights[-1] else []
             shrink()
             if flights[-1]:  # what was on its way has landed
@@ -229,7 +229,7 @@ def test_out_of_memory_twice_in_a_row_is_raised(lookahead: bool) -> None:
                 outputs += engine.step()
             except torch.OutOfMemoryError:
                 raised += 1
-                assert engine._flight is None
+                assert not engine._flights
         check_finished(engine, outputs + engine.step())
         assert_landed(engine)
         if made[0] < failing:

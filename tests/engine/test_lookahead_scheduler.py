@@ -52,7 +52,8 @@ class AheadDriver(Driver):
             self.table[slot, index] = page
         assert batch or self.flight or not scheduler.has_unfinished(), "nothing is done, and something is left to do"
         assert self.tokens() == tokens
-        self.check_batch(batch)
+        if batch:  # else its changes of the block table come with the next one
+            self.check_batch(batch)
         self.check_admission(before, batch, preempted=scheduler.stats.num_preemptions > preemptions)
         self.check_books()
         contents = {pair: self.contents(pair[0]) for pair in batch.copies}

@@ -55,7 +55,7 @@ def test_a_pause_changes_no_result(when: int, model: Any) -> None:
         assert engine.step() == []
         assert not engine.drive()
     assert not watch.batches
-    assert engine._flight is None
+    assert not engine._flights
     assert [sequence.pages for sequence in engine.scheduler.running] == pages
     engine.resume()
     last |= drain(engine)
@@ -69,7 +69,7 @@ def test_the_step_in_the_air_lands_and_is_delivered(stock: Any) -> None:
     engine = model.engine
     engine.add_request(PROMPTS[1], greedy(9))
     first = engine.step()
-    assert engine._flight is not None
+    assert engine._flights
     engine.pause()
     (output,) = engine.step()
     assert len(output.outputs[0].token_ids) == len(first[0].outputs[0].token_ids) + 1

@@ -1,0 +1,65 @@
+"""Models cut into stages compute what they compute in one piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_parallel import assert_same, run
+
+import hf_paged
+from hf_paged.distributed.pipeline import share_layers
+from hf_paged.distributed.plan import PlanError
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run("staged_families", 2, tmp_path_factory.mktemp("stages"))
+
+
+def alone(family: str) -> dict[str, Any]:
+    return jobs.generate(hf_paged.wrap(jobs.make_staged(family), **jobs.OPTIONS))
+
+
+@pytest.mark.parametrize("family", jobs.FAMILIES)
+def test_families(found: list[dict[str, Any]], family: str) -> None:
+    expected = alone(family)
+    for rank in found:
+        assert_same(rank[family, 1], expected)
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    """Four stages, and two of two ranks each."""
+    found = run("staged_families", 4, tmp_path)
+    for family in jobs.FAMILIES:
+        expected = alone(family)
+        for rank in found:
+            assert_same(rank[family, 1], expected)
+            assert_same(rank[family, 2], expected)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.integers(1, 5))
+def test_layers_are_shared_out(costs: list[int], last: int, stages: int) -> None:
+    if len(costs) < stages:
+        with pytest.raises(PlanError, match="every stage needs one"):
+            share_layers(costs, last, stages)
+        return
+    shares = share_layers(costs, last, stages)
+    assert [layer for share in shares for layer in share] == list(range(len(costs))) and all(shares)
+
+    def dearest(ends: list[int]) -> float:
+        parts = [sum(costs[start:end]) for start, end in zip([0, *ends], [*ends, len(costs)], strict=True)]
+        return max([*parts[:-1], parts[-1] + (last if stages > 1 else 0)])
+
+    def every_cut(first: int, count: int) -> list[list[int]]:
+        if not count:
+            return [[]]
+        return [[end, *rest] for end in range(first, len(costs)) for rest in every_cut(end + 1, count - 1)]
+
+    best = min(dearest(ends) for ends in every_cut(1, stages - 1))
+    assert dearest([share.stop for share in shares[:-1]]) == best
