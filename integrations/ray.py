@@ -141,10 +141,14 @@ class OpenAIServer:
             if not task.done():
                 task.cancel()
 
+    def __del__(self) -> None:
+        if getattr(self, "_ranks", None) is not None:
+            self._ranks.stop()
+
     def check_health(self) -> None:
         """Ray Serve starts another replica where this raises."""
-        if self._ranks is not None and self._ranks.parallel.link.broken is not None:
-            raise self._ranks.parallel.link.broken
+        if not self._model.engine.healthy:
+            raise RuntimeError("a process of this replica is lost: look for its own error in the log")
 
 
 class Ingress:

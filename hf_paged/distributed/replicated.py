@@ -143,6 +143,11 @@ class ReplicatedEngine:
         return bool(self._entries or self._unclaimed)
 
     @property
+    def healthy(self) -> bool:
+        """Whether there is a replica left."""
+        return not self._closed and bool(self._alive())
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._entries)
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hf_paged import many
 from hf_paged.distributed.errors import Divergence, PeerFailed, PeerLost
+from hf_paged.distributed.groups import TIMEOUT_S, under_torchrun
 from hf_paged.distributed.parcel import pack_output, unpack_output
 from hf_paged.distributed.routing import Router
 from hf_paged.distributed.shard import parallel_of
@@ -60,6 +63,9 @@ def generate_spread(
         PeerFailed: another process failed; this one's share is done, and lost.
         PeerLost: another process is gone.
     """
+    if under_torchrun() and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     if num_processes() == 1:
         return many.generate_many(engine, requests, progress, what)
     first = dist.get_rank() == 0

@@ -89,6 +89,11 @@ class Engine(StepLoop):
         return len(self._ids)
 
     @property
+    def healthy(self) -> bool:
+        """Whether it can compute anything: processes that it needs may be lost."""
+        return True
+
+    @property
     def load(self) -> EngineLoad:
         """What there is to do at this moment."""
         scheduler = self.scheduler

@@ -134,7 +134,7 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | Replica
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200)
+        return Response(status_code=200 if serving.engine.engine.healthy else 503)
 
     @app.get("/ping")
     @app.post("/ping")

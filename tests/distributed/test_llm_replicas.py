@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import replica_jobs
+import torch
 import torch.distributed as dist
 
 from hf_paged import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from hf_paged.distributed.errors import ReplicaLost
+from hf_paged.llm.replicas import _devices
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "integrations"))
 
@@ -94,6 +96,7 @@ def test_a_server(llm: Any) -> None:
         for number in "01":
             assert f'hf_paged:generation_tokens_total{{engine="{number}",model_name="tiny"}}' in metrics
             assert f'hf_paged:e2e_request_latency_seconds_count{{engine="{number}",model_name="tiny"}}' in metrics
+        assert httpx.get(f"{live.url}/health").status_code == 200
         assert metrics.count("# TYPE hf_paged:e2e_request_latency_seconds histogram") == 1
 
 
@@ -104,6 +107,20 @@ def test_arguments(tiny_checkpoint: str, llm: Any, monkeypatch: pytest.MonkeyPat
         LLM(tiny_checkpoint, data_parallel_rank=1)
     with pytest.raises(ValueError, match="2 replicas of 2 GPUs need 4, and there are 0"):
         LLM(tiny_checkpoint, data_parallel_size=2, tensor_parallel_size=2, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [(None, ["0,1", "2,3"]), ("4,5,6,7,1", ["4,5", "6,7"]), ("GPU-a,GPU-b,2,3", ["GPU-a,GPU-b", "2,3"])],
+)
+def test_each_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(listed.split(",")) if listed else 5)
+    assert _devices(2, 2) == expected
+    with pytest.raises(ValueError, match="3 replicas of 2 GPUs need 6"):
+        _devices(3, 2)
 
 
 @pytest.mark.slow
