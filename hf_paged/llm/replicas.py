@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -52,6 +53,7 @@ class ReplicatedModel:
 
     def __init__(self, engine: ReplicatedEngine) -> None:
         self.engine = engine
+        weakref.finalize(self, engine.close)  # at a program's end it runs while threads can still tell the replicas
         facts = engine.handles[0].facts.result()
         self.config, self.generation_config = facts.config, facts.generation_config
 
@@ -69,7 +71,3 @@ class ReplicatedModel:
     def stop(self) -> None:
         """Ends the replicas."""
         self.engine.close()
-
-    def __del__(self) -> None:
-        if "engine" in self.__dict__:
-            self.engine.close()

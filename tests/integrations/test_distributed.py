@@ -66,6 +66,6 @@ def test_rollouts_are_shared_out(tmp_path: Path) -> None:
     assert first["completions"] + second["completions"] == alone["completions"]
     assert len({tuple(ids) for ids in alone["completions"]}) > 8, "samples of a prompt differ"
     assert first["tokens"] + second["tokens"] == alone["tokens"]
-    assert min(first["tokens"], second["tokens"]) > alone["tokens"] / 3
+    assert min(first["tokens"], second["tokens"]) >= alone["tokens"] / 3, "its prompts are longer"
     assert first["error"] == ["PeerFailed", "rank 1 failed: Broken: "] and second["error"][0] == "Broken"
     assert first["again"] == first["completions"] and second["again"] == second["completions"]
