@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = {"num_pages": 256, "block_size": 16, "max_num_seqs": 8, "dtype": "float32", "device": "cpu"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+SCALING = {"min_replicas": 2, "max_replicas": 3}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def url(cluster: None, tiny_checkpoint: str) -> str:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"served_model_name": ["tiny"]}
-    serve.run(openai_deployment(tiny_checkpoint, server_options=options, num_replicas=2, **SMALL))
+    serve.run(openai_deployment(tiny_checkpoint, server_options=options, autoscaling_config=SCALING, **SMALL))
     return f"http://127.0.0.1:{port}"
 
 
