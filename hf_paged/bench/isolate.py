@@ -67,7 +67,7 @@ def run_isolated(name: str, subject: Subject, work: Workload, settings: Settings
     return EngineRun(name, note=f"failed: its process ended with status {status}: {last.strip()}")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux the kernel kills this process when its parent ends, however that ends: a peer must not go on alone."""
     set_death_signal = 1
     with suppress(OSError, AttributeError):
@@ -76,7 +76,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     """The child."""
-    _die_with_parent()
+    die_with_parent()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.load(sys.stdin)

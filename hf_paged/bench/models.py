@@ -33,6 +33,18 @@ def smollm2_folder() -> tuple[Path, str]:
     )
 
 
+def checkpoint(model: str) -> str:
+    """What `hf_paged.load` takes for a model's name on the command line: smollm2 is the file of its package.
+
+    Raises:
+        FileNotFoundError: that package is not installed.
+    """
+    if model != "smollm2":
+        return model
+    folder, file = smollm2_folder()
+    return str(folder / file)
+
+
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of SmolLM2-135M-Instruct, dequantised to `dtype`.
 

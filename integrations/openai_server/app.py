@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
 
 import hf_paged
 from hf_paged.engine.async_engine import AsyncEngine
@@ -17,6 +18,7 @@ from hf_paged.integrations.openai_server.completions import create_completion
 from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
 from hf_paged.integrations.openai_server.events import Disconnected
 from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
+from hf_paged.integrations.openai_server.openapi import describe
 from hf_paged.integrations.openai_server.options import ServerOptions
 from hf_paged.integrations.openai_server.prometheus import exposition
 from hf_paged.integrations.openai_server.protocol import (
@@ -63,7 +65,7 @@ def make_app(
     app.exception_handler(Disconnected)(_nobody)
     # The last one added is the first that a request meets.
     app.add_middleware(LimitQueue, load=serving.load)
-    app.add_middleware(LimitBody, max_bytes=options.max_request_bytes)
+    app.add_middleware(LimitBody, max_bytes=options.max_request_bytes, timeout_s=options.request_timeout_s)
     keys = options.api_key + [key for key in [os.environ.get("HF_PAGED_API_KEY")] if key]
     if keys:
         app.add_middleware(RequireKey, keys=keys)
@@ -77,6 +79,7 @@ def make_app(
     _add_generation(app, serving)
     _add_tokens(app, serving)
     _add_probes(app, serving, metrics)
+    describe(app, needs_key=bool(keys))
     return app
 
 
@@ -132,12 +135,12 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | Replica
     async def one_model(name: str) -> dict[str, Any]:
         return _card(serving, serving.check_model(name))
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         return Response(status_code=200 if serving.engine.engine.healthy else 503)
 
-    @app.get("/ping")
-    @app.post("/ping")
+    @app.get("/ping", response_class=Response)
+    @app.post("/ping", response_class=Response)
     async def ping() -> Response:
         return Response(status_code=200)
 
@@ -149,7 +152,7 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | Replica
     async def load() -> dict[str, int]:
         return {"server_load": serving.load.count}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def prometheus() -> Response:
         text = exposition(metrics, serving.options.metrics_prefix, {"model_name": serving.names[0]})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -19,6 +19,7 @@ TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     429: "RateLimitError",
     500: "InternalServerError",
@@ -41,6 +42,8 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     headers = {"Retry-After": "1"} if status in (429, 503) else None
+    if status in (408, 413):  # the rest of the body is not waited for
+        headers = {"Connection": "close"}
     return JSONResponse(error_body(status, message, param, code), status, headers=headers)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_paged.integrations.openai_server.errors import error_response
+from hf_paged.integrations.openai_server.events import Disconnected
 from hf_paged.integrations.openai_server.serving import Load
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/load")
@@ -42,26 +44,30 @@ class RequireKey:
 
 
 class LimitBody:
-    """Answers 413 to bodies that are larger, whatever their headers say, before they are read in full."""
+    """Reads bodies, and answers 413 to those that are larger, whatever their headers say, before they are read in full,
+    and 408 to those that take longer than `timeout_s` seconds.
+    """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        body = bytearray()
+        body: bytes | None = None
         if told.isdigit() and int(told) <= self._max_bytes:
-            # Read here, so that nothing has begun when it turns out too large.
-            message: Message = {"more_body": True}
-            while message.get("more_body") and len(body) <= self._max_bytes:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                body += message.get("body", b"")
-        if not told.isdigit() or int(told) > self._max_bytes or len(body) > self._max_bytes:
+            # Read here, so that nothing has begun when it turns out too large or too slow.
+            try:
+                body = await asyncio.wait_for(self._read(receive), self._timeout_s)
+            except asyncio.TimeoutError:
+                response = error_response(408, f"the body did not arrive within {self._timeout_s:g} s")
+                await response(scope, receive, send)
+                return
+            except Disconnected:
+                return
+        if body is None:
             response = error_response(413, f"the body is larger than {self._max_bytes} bytes")
             await response(scope, receive, send)
             return
@@ -72,9 +78,22 @@ class LimitBody:
             if read:
                 return await receive()
             read = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; None is a larger one."""
+        body = bytearray()
+        message: Message = {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                return None
+        return bytes(body)
 
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")

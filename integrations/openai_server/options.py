@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_paged.bench.models import checkpoint
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
 from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
@@ -48,6 +49,7 @@ class ServerOptions:
     ssl_certfile: str | None = _option(None, "TLS: the certificate")
     ssl_ca_certs: str | None = _option(None, "TLS: certificates that clients' are checked with")
     max_request_bytes: int = _option(16 << 20, "larger bodies are answered with 413")
+    request_timeout_s: int = _option(60, "how long a request's headers, and then its body, may take to arrive")
     max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
     max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
     metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
@@ -56,9 +58,11 @@ class ServerOptions:
     disable_log_requests: bool = _option(True, "do not log requests")
 
     def __post_init__(self) -> None:
-        for name in ("port", "max_request_bytes", "max_queued_requests", "drain_timeout_s"):
+        for name in ("port", "max_request_bytes", "request_timeout_s", "max_queued_requests", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.request_timeout_s == 0:
+            raise ValueError("request_timeout_s must be positive: no request arrives in no time")
         for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) is not None and getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -93,9 +97,11 @@ def parse_options(arguments: Sequence[str]) -> tuple[ServerOptions, EngineArgs]:
         given = _read_yaml(Path(str(given.pop("config")))) | given
     model = given.pop("model", None)
     if model is None:
-        raise ValueError("which model? hf-paged serve MODEL: a folder, a name on the hub, or a GGUF file")
+        raise ValueError("which model? hf-paged serve MODEL: a folder, a name on the hub, a GGUF file, or smollm2")
     server = {name: given.pop(name) for name in list(given) if name in SERVER_FIELDS}
-    return ServerOptions(**server), EngineArgs.parse(model, given)
+    if model != checkpoint(model):  # a name of ours is what clients should see, not where its file lies
+        server.setdefault("served_model_name", [model])
+    return ServerOptions(**server), EngineArgs.parse(checkpoint(model), given)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

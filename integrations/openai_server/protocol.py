@@ -17,7 +17,9 @@ TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    """Strict: a number in quotes or a boolean is no number, as the OpenAPI document has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(Body):
@@ -85,6 +87,12 @@ class SamplingFields(Body):
     length_penalty: float | None = None
     early_stopping: bool | None = None
     guided_decoding_backend: str | None = None
+
+    # The routers of vLLM and SGLang write these into every request.
+    no_stop_trim: Literal[False] | None = None
+    return_hidden_states: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
 
     # Known, and not served.
     use_beam_search: Literal[False] | None = None

@@ -29,7 +29,9 @@ def serve(arguments: Sequence[str]) -> None:
     options, args = parse_options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from hf_paged.integrations.openai_server.app import make_app
+    from hf_paged.integrations.openai_server.connections import allow_many_connections, timed_protocol
 
+    allow_many_connections()
     model, ranks = args.load()
     app = make_app(model, options, defaults=_defaults(model, args), name=str(args.model))
     try:
@@ -37,6 +39,7 @@ def serve(arguments: Sequence[str]) -> None:
             app,
             host=options.host,
             port=options.port,
+            http=timed_protocol(options.request_timeout_s),
             uds=options.uds,
             log_level=options.uvicorn_log_level,
             access_log=not options.disable_log_requests,

@@ -369,7 +369,43 @@ def compiled(parallel: TensorParallel, out: Path) -> dict[str, Any]:
     return found
 
 
+# ---- on GPUs -------------------------------------------------------------------------------------------------------
+
+
+def gpu_model() -> Any:
+    """float32, in which two GPUs and one agree on greedy tokens."""
+    return make_model("Llama", hidden_size=256, head_dim=64, intermediate_size=512, num_hidden_layers=6).cuda()
+
+
+def of_gpus(model: Any) -> list[list[list[int]]]:
+    """Tokens of decodes and prefills, drawn on the device and on the host, twice, with a sleep between."""
+    prompts = make_prompts([5, 23, 70, 11, 40, 33, 8, 90])
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=20, ignore_eos=True),
+    ]
+    found = []
+    for kind in kinds * 2:
+        outputs = model.generate_many(prompts, kind)
+        found.append([one.token_ids for output in outputs for one in output.outputs])
+        model.engine.sleep()
+    assert found[:3] == found[3:]
+    return found[:3]
+
+
+def gpus(_: TensorParallel, out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, place in (("stages", join(1, stages=2)), ("ranks", join(2))):
+        model = hf_paged.wrap(shard(gpu_model(), place), num_pages=400)
+        found[name] = of_gpus(model)
+        assert model.engine.executor._graphs._captured, "steps were captured"
+        hf_paged.unwrap(model)
+    return found
+
+
 JOBS: dict[str, Callable[..., Any]] = {
+    "gpus": gpus,
     "staged_families": staged_families,
     "families": families,
     "one_family": one_family,

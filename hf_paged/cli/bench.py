@@ -1,112 +1,26 @@
-"""`hf-paged`: server, quantised checkpoints, demo and benchmarks."""
+"""`hf-paged bench`: hf_paged and its peers on the same work."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, help="Paged generation for Hugging Face models.")
-bench = typer.Typer(no_args_is_help=True, help="Time hf_paged and its peers on the same work.")
-app.add_typer(bench, name="bench")
-console = Console()
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `hf-paged COMMAND` a group, however many commands there are."""
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Where to draw the timeline and the page pool.")] = Path("demo.png"),
-    compare: Annotated[bool, typer.Option(help="Also run stock generate on the same work.")] = True,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 96,
-) -> None:
-    """Answer a batch of chats with SmolLM2-135M, four samples each, one streamed live, and show what the engine did."""
-    from hf_paged.demo import run_demo
-
-    _friendly(lambda: run_demo(console, out, compare=compare, max_tokens=max_tokens))
-
-
-@app.command()
-def quantize(
-    model: Annotated[str, typer.Argument(help="A folder, the name of a repository on the hub, or smollm2.")],
-    to: Annotated[str, typer.Option(help="awq, gptq, w4a16 (compressed-tensors), fp8 or fp8-block.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="How four-bit codes are chosen: awq, gptq or rtn (nearest). Default: awq for awq, else gptq."
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale; -1: all of an output. Default: 128.")
-    ] = None,
-    symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Default: asymmetric for awq alone.")
-    ] = None,
-    desc_act: Annotated[bool, typer.Option("--desc-act", help="GPTQ in the order of activations (act-order).")] = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help='Text, or .jsonl with "text" in every line. Default: the model\'s own at temperature 1.'),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of what is not quantised: float32, bfloat16 or float16. Default: the model's.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the model's own text.")] = 0,
-) -> None:
-    """Write a quantised checkpoint of a model, for hf_paged.load and others that read the format."""
-    from hf_paged.quantization.writers.quantize import quantize as write
-
-    def run() -> None:
-        subject: Any = model
-        tokenizer = None
-        if model == "smollm2":
-            from hf_paged.bench.models import load_smollm2
-
-            subject, tokenizer = load_smollm2()
-        write(
-            subject, to, out, tokenizer=tokenizer, method=method, group_size=group_size, symmetric=symmetric,
-            desc_act=desc_act, calibration=calibration, samples=samples, sequence_length=sequence_length, dtype=dtype,
-            device=device, seed=seed,
-        )  # fmt: skip
-        console.print(f"written: {out}")
-
-    _friendly(run, ValueError, FileExistsError)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
+from hf_paged.cli.arguments import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    OPTION_HELP,
+    check_model,
+    choose,
+    engine_options,
+    numbers,
 )
-def serve(context: typer.Context) -> None:
-    """Serve a model with OpenAI's API: hf-paged serve MODEL [options]; --help lists them."""
-    from hf_paged.integrations.openai_server.run import serve as run_server
+from hf_paged.cli.terminal import console, friendly, log, show
 
-    def run() -> None:
-        try:
-            run_server(context.args)
-        except (ValueError, TypeError) as error:
-            raise typer.BadParameter(str(error)) from error
-
-    _friendly(run)
-
-
-MODEL_HELP = (
-    "smollm2, or with random weights qwen3-0.6b, llama-3.1-8b or tiny. Default: smollm2 on a CPU, qwen3-0.6b on a GPU."
-)
-DTYPE_HELP = "float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU."
-DEVICE_HELP = "cpu or cuda. Default: the GPU where there is one."
-OPTION_HELP = "A field of EngineConfig for hf_paged, as key=value; may be given several times."
+bench = typer.Typer(no_args_is_help=True, help="Time hf_paged, its server and its peers.")
 
 
 @bench.command()
@@ -141,10 +55,10 @@ def throughput(
     from hf_paged.bench.workloads import WORKLOADS
 
     names = engines.split(",")
-    _choose("engine", names, ENGINES)
-    _choose("workload", [workload], WORKLOADS)
-    _check_model(model, dtype, device)
-    options = _options(option or [])
+    choose("engine", names, ENGINES)
+    choose("workload", [workload], WORKLOADS)
+    check_model(model, dtype, device)
+    options = engine_options(option or [])
 
     def run() -> None:
         result = report.run_throughput(
@@ -159,11 +73,11 @@ def throughput(
             time_limit=time_limit,
             cb_greedy=cb_greedy,
             isolate=isolate,
-            log=_log(as_json),
+            log=log(as_json),
         )
-        _show(result, report.as_table, as_json)
+        show(result, report.as_table, as_json)
 
-    _friendly(run)
+    friendly(run)
 
 
 @bench.command()
@@ -200,16 +114,16 @@ def latency(
     sizes = batches.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise typer.BadParameter(f"batches must be positive numbers with commas between them, got {batches!r}")
-    _check_model(model, dtype, device)
+    check_model(model, dtype, device)
     if quantization is not None:
         from hf_paged.bench.models import QUANTIZATIONS
 
-        _choose("quantization", [quantization], QUANTIZATIONS)
-    options = _options(option or [])
+        choose("quantization", [quantization], QUANTIZATIONS)
+    options = engine_options(option or [])
     if speculative is not None:
         from hf_paged.bench import speculation
 
-        _choose("speculative", [speculative], speculation.METHODS)
+        choose("speculative", [speculative], speculation.METHODS)
 
     def run() -> None:
         if speculative is not None:
@@ -224,9 +138,9 @@ def latency(
                 dtype=dtype,
                 device=device,
                 options=options,
-                log=_log(as_json),
+                log=log(as_json),
             )
-            _show(found, speculation.as_table, as_json)
+            show(found, speculation.as_table, as_json)
             return
         result = report.run_latency(
             model,
@@ -239,11 +153,11 @@ def latency(
             device=device,
             quantization=quantization,
             options=options,
-            log=_log(as_json),
+            log=log(as_json),
         )
-        _show(result, report.as_table, as_json)
+        show(result, report.as_table, as_json)
 
-    _friendly(run)
+    friendly(run)
 
 
 @bench.command()
@@ -260,9 +174,9 @@ def attention(
         raise typer.BadParameter(f"{heads} query heads cannot be shared out among {kv_heads} KV heads")
 
     def run() -> None:
-        _show(report.run_attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim), report.as_table, as_json)
+        show(report.run_attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim), report.as_table, as_json)
 
-    _friendly(run)
+    friendly(run)
 
 
 @bench.command()
@@ -279,19 +193,19 @@ def linear(
     """Linear layers of 4-bit codes and of float8 against bfloat16, on a GPU."""
     from hf_paged.bench import linear as report
 
-    sizes = [_numbers("shapes", shape.split("x"), 2) for shape in shapes.split(",")] if shapes else report.SHAPES
+    sizes = [numbers("shapes", shape.split("x"), 2) for shape in shapes.split(",")] if shapes else report.SHAPES
     if any(n % 16 or k % 16 or k % group_size for n, k in sizes) or group_size % 8:
         raise typer.BadParameter(
             f"N and K must be multiples of 16, K of the group size, and that one of 8: got groups of {group_size} in "
             f"{shapes or 'the layers of an 8B Llama'}"
         )
-    ms = _numbers("rows", rows.split(",")) if rows else report.ROWS
+    ms = numbers("rows", rows.split(",")) if rows else report.ROWS
 
     def run() -> None:
         result = report.run_linear([(n, k) for n, k in sizes], ms, group_size=group_size)
-        _show(result, report.as_table, as_json)
+        show(result, report.as_table, as_json)
 
-    _friendly(run)
+    friendly(run)
 
 
 @bench.command()
@@ -326,83 +240,10 @@ def perplexity(
     """How well models predict a text: what a quantised checkpoint lost."""
     from hf_paged.bench import perplexity as report
 
-    _check_model(None, dtype, device)
+    check_model(None, dtype, device)
 
     def run() -> None:
-        result = report.run_perplexity(models, text, window=window, dtype=dtype, device=device, log=_log(as_json))
-        _show(result, report.as_table, as_json)
+        result = report.run_perplexity(models, text, window=window, dtype=dtype, device=device, log=log(as_json))
+        show(result, report.as_table, as_json)
 
-    _friendly(run, ValueError)
-
-
-def _numbers(what: str, given: list[str], count: int | None = None) -> list[int]:
-    if not all(number.isdecimal() and int(number) for number in given) or len(given) != (count or len(given)):
-        raise typer.BadParameter(f"{what} must be positive numbers, got {given}")
-    return [int(number) for number in given]
-
-
-def _choose(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    from hf_paged.bench.run import check_names
-
-    try:
-        check_names(what, given, known)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _check_model(model: str | None, dtype: str | None, device: str | None) -> None:
-    from hf_paged.bench.models import DTYPES, MODELS
-
-    _choose("model", [model] if model else [], MODELS)
-    _choose("dtype", [dtype] if dtype else [], DTYPES)
-    _choose("device", [device] if device else [], ["cpu", "cuda"])
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """key=value pairs as fields of EngineConfig: numbers, true, false and null are read as JSON, the rest is text."""
-    from hf_paged.config import EngineConfig
-
-    options: dict[str, Any] = {}
-    for pair in given:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise typer.BadParameter(f"an option is key=value, got {pair!r}")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value
-    try:
-        EngineConfig().with_changes(**options)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    return options
-
-
-def _log(quiet: bool) -> Callable[[str], None]:
-    return lambda text: None if quiet else console.print(text, style="dim")
-
-
-def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Table], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-    else:
-        console.print(as_table(result))
-
-
-def _friendly(run: object, *errors: type[Exception]) -> None:
-    """Runs a command; what is missing, and `errors`, are said in a line, and Ctrl-C ends it without a traceback."""
-    assert callable(run)
-    said: tuple[type[Exception], ...] = (ImportError, FileNotFoundError, *errors)
-    try:
-        run()
-    except said as error:
-        console.print(f"[red]error:[/red] {error}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        console.print("\nstopped")
-        raise typer.Exit(130) from None
-
-
-def main() -> None:
-    """The `hf-paged` program."""
-    app()
+    friendly(run, ValueError)
