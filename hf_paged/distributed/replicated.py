@@ -394,13 +394,12 @@ class ReplicatedEngine:
                 entry.tries += 1
                 if entry.aborted:
                     self._end(entry, ended(entry.request, "abort"))
-                elif entry.told or entry.tries == TRIES:
+                elif entry.told or entry.tries == TRIES or not self._alive():
                     self._end(entry, ended(entry.request, "error", handle.lost))
                 else:
                     self._router.done(entry.request.request_id)
                     entry.handle = None
-                    if self._alive():
-                        self._queue(entry)
+                    self._queue(entry)
             if not self._alive():
                 for entry in list(self._entries.values()):
                     self._end(entry, ended(entry.request, "error", handle.lost))
