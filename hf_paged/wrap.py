@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
+from hf_paged.observe.perfetto import trace as write_trace
 from hf_paged.outputs import RequestOutput
 from hf_paged.quantization.bitsandbytes import pack_for_cpu
 from hf_paged.quantization.linear import QuantizedLinear
@@ -106,6 +109,7 @@ class PagedGenerationMixin(PagedSampling):
         *,
         progress: bool | None = None,
         spread: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
         """Generates for many prompts at once, by continuous batching.
 
@@ -115,6 +119,7 @@ class PagedGenerationMixin(PagedSampling):
                 model's
                 own generation config, with `SamplingParams`' max_tokens where that names no length.
             progress: a progress bar; None shows one on a terminal.
+            trace: a file to write a Perfetto trace of the run to; see `hf_paged.trace`.
             spread: under torchrun or accelerate, where every process has a replica (or a part of one): all of them
                 give the same prompts, each replica computes a share, and every process gets all outputs. What is drawn
                 does not depend on their number.
@@ -125,14 +130,16 @@ class PagedGenerationMixin(PagedSampling):
 
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            OSError: the trace cannot be written.
             ParallelError: with `spread`: another process failed, is gone, or has other prompts.
         """
         engine = self.engine
         lm = causal_lm(self)
         requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
-        if spread:
-            return generate_spread(self, engine, requests, progress)
-        return many.generate_many(engine, requests, progress)
+        with nullcontext() if trace is None else write_trace(trace, self):
+            if spread:
+                return generate_spread(self, engine, requests, progress)
+            return many.generate_many(engine, requests, progress)
 
     def score(
         self,

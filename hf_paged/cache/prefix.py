@@ -46,6 +46,8 @@ class PrefixTree:
         self._releases = 0
         self._num_nodes = 0
         self._num_idle = 0
+        self.holds = bytearray(pool.num_pages)
+        """Per page, 1 where it is in the tree."""
         self.epoch = 0
         """Goes up with every `clear`: a sequence that began before must not cache what it computed then."""
 
@@ -102,6 +104,7 @@ class PrefixTree:
         node = Node(tokens=tokens, page=page, parent=above, users=1)
         above.children[tokens] = node
         self._num_nodes += 1
+        self.holds[page] = 1
         return node
 
     def release(self, path: list[Node]) -> None:
@@ -146,6 +149,7 @@ class PrefixTree:
             node.parent = None
             self._num_nodes -= 1
             self._num_idle -= 1
+            self.holds[node.page] = 0
             self.pool.release([node.page])
             freed += 1
             self._offer(parent)  # a leaf now, as old as its own last use
@@ -162,6 +166,7 @@ class PrefixTree:
         for node in nodes:
             node.parent = None
             node.children = {}
+            self.holds[node.page] = 0
         self.pool.release([node.page for node in nodes])
         self._root.children = {}
         self._idle_leaves.clear()

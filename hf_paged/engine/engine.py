@@ -106,6 +106,11 @@ class Engine(StepLoop):
         )
 
     @property
+    def unfinished(self) -> list[Request]:
+        """Requests that are queued or run, in order of arrival; read them only."""
+        return [request for request, _ in list(self._requests.values())]
+
+    @property
     def weight_version(self) -> int:
         """How many times the engine has learnt that the weights changed: by `weights_updated`, by an optimizer's step
         while requests are unfinished, by a look at the weights when it gets work again. What is noticed and told of
@@ -271,14 +276,11 @@ class Engine(StepLoop):
         """Lands one step, and has those after it on their way before that where they may be."""
         if self._unseen and self._requests:
             self._look_over()
-        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
-            flight = self._launch()
-            if flight is None:
-                break
-            self._flights.append(flight)
+        self._launch_all()
         if not self._flights:
             return
-        self._land(self._flights.popleft())
+        # Of micro-batches the next one needs this one's tokens, and nobody else is to wait for what they are told.
+        self._land(self._flights.popleft(), then=self._launch_all if self.executor.micro_batches > 1 else None)
         if not self._requests:
             self._drain()  # all were finished by what has just landed: nobody wants the next one
 

@@ -229,6 +229,8 @@ class Request:
         """Prompt tokens found in the prefix tree at first admission."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.error: Exception | None = None
+        self.trace_headers: dict[str, str] = {}
+        """W3C Trace Context of whoever asked: "traceparent", "tracestate"."""
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
 
     @property

@@ -309,6 +309,7 @@ class Scheduler:
             victim = self.running[-1]
             undisturbed = False
             self._preempt(victim)
+            batch.preempted.append(victim)
             if victim is sequence:
                 return False
         sequence.may_share_tail = False

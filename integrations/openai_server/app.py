@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,14 +15,17 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 
 import hf_paged
+from hf_paged.distributed.replicated import ReplicatedEngine
 from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.integrations.openai_server.chat import create_chat_completion, render
 from hf_paged.integrations.openai_server.completions import create_completion
 from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
-from hf_paged.integrations.openai_server.events import Disconnected
+from hf_paged.integrations.openai_server.events import Disconnected, EventStream
 from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
+from hf_paged.integrations.openai_server.live import Feed, live_page
 from hf_paged.integrations.openai_server.openapi import describe
 from hf_paged.integrations.openai_server.options import ServerOptions
+from hf_paged.integrations.openai_server.profile import Profiler, add_profile
 from hf_paged.integrations.openai_server.prometheus import exposition
 from hf_paged.integrations.openai_server.protocol import (
     ChatCompletionRequest,
@@ -30,8 +36,12 @@ from hf_paged.integrations.openai_server.protocol import (
 )
 from hf_paged.integrations.openai_server.responses import create_response
 from hf_paged.integrations.openai_server.serving import Serving
+from hf_paged.observe.logs import RequestLog, StatsLog
 from hf_paged.observe.metrics import EngineMetrics
 from hf_paged.observe.replicas import ReplicaMetrics, metrics_of
+from hf_paged.observe.spans import RequestSpans, otlp_provider
+
+logger = logging.getLogger(__name__)
 
 
 def make_app(
@@ -50,14 +60,26 @@ def make_app(
     async_engine = AsyncEngine(model.engine)
     serving = Serving(async_engine, names, options, defaults or {})
     metrics = metrics_of(model.engine)
+    if isinstance(model.engine, ReplicatedEngine):
+        options = _without_steps(options)
+
+    profiler = Profiler(model.engine, Path(options.profile_dir)) if options.profile_dir is not None else None
+    spans = otlp_provider(options.otlp_traces_endpoint) if options.otlp_traces_endpoint is not None else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with async_engine:
-            try:
-                yield
-            finally:
-                metrics.close()
+        async with AsyncExitStack() as stack:
+            stack.callback(metrics.close)
+            if spans is not None:
+                stack.callback(RequestSpans(model.engine, spans, names[0]).close)
+            if not options.disable_log_requests:
+                stack.callback(RequestLog(model.engine, names[0]).close)
+            if not options.disable_log_stats:
+                stack.callback(StatsLog(model.engine).close)
+            if profiler is not None:
+                stack.callback(profiler.close)
+            await stack.enter_async_context(async_engine)
+            yield
 
     app = FastAPI(title="hf_paged", version=hf_paged.__version__, lifespan=lifespan, root_path=options.root_path)
     app.state.serving = serving
@@ -79,8 +101,25 @@ def make_app(
     _add_generation(app, serving)
     _add_tokens(app, serving)
     _add_probes(app, serving, metrics)
+    if profiler is not None:
+        add_profile(app, profiler)
+    if not options.disable_live_page:
+        _add_live_page(app, serving)
     describe(app, needs_key=bool(keys))
     return app
+
+
+def _without_steps(options: ServerOptions) -> ServerOptions:
+    """What can be had of replicas, whose steps and requests are looked at in their own processes.
+
+    Raises:
+        ValueError: something was asked for that cannot.
+    """
+    for name in ("profile_dir", "otlp_traces_endpoint"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is for one replica: leave it or data_parallel_size out")
+    logger.info("with replicas there is no live page and no log of requests and steps; /metrics has all of them")
+    return replace(options, disable_live_page=True, disable_log_requests=True, disable_log_stats=True)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -156,6 +195,20 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | Replica
     def prometheus() -> Response:
         text = exposition(metrics, serving.options.metrics_prefix, {"model_name": serving.names[0]})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_live_page(app: FastAPI, serving: Serving) -> None:
+    page = live_page()
+    about = {"model": serving.names[0], "version": hf_paged.__version__}
+    app.state.feed = feed = Feed(serving.engine.engine, about)
+
+    @app.get("/", include_in_schema=False)
+    async def live() -> Response:
+        return page
+
+    @app.get("/live/events", include_in_schema=False)
+    async def live_events() -> Response:
+        return EventStream(feed.follow(), done=False)
 
 
 def _card(serving: Serving, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hf_paged.config import EngineConfig
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
 from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
 from hf_paged.llm.arguments import PLAIN, EngineArgs
+from hf_paged.observe.spans import require_opentelemetry
 
 
 def _option(default: Any, help: str) -> Any:
@@ -25,6 +26,7 @@ class ServerOptions:
 
     Raises:
         ValueError: a value makes no sense.
+        ImportError: it needs an extra; the message names it.
     """
 
     host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 is every one the machine has")
@@ -53,9 +55,14 @@ class ServerOptions:
     max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
     max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
     metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
+    disable_live_page: bool = _option(False, "no live page at /")
     drain_timeout_s: int = _option(60, "after SIGTERM, how long requests under way may take")
     uvicorn_log_level: str = _option("info", "critical, error, warning, info, debug or trace")
-    disable_log_requests: bool = _option(True, "do not log requests")
+    disable_log_requests: bool = _option(True, "do not log requests (--no-disable-log-requests does)")
+    disable_log_stats: bool = _option(False, "no line about the engine every 10 seconds")
+    log_format: str = _option("text", "text or json: one object a line")
+    otlp_traces_endpoint: str | None = _option(None, "where to send a span per request to, by OTLP")
+    profile_dir: str | None = _option(None, "folder for the traces of /start_profile, which is there only with this")
 
     def __post_init__(self) -> None:
         for name in ("port", "max_request_bytes", "request_timeout_s", "max_queued_requests", "drain_timeout_s"):
@@ -75,6 +82,10 @@ class ServerOptions:
                 raise ValueError(f"{name}: there is no file {getattr(self, name)}")
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f'log_format must be "text" or "json", got {self.log_format!r}')
+        if self.otlp_traces_endpoint is not None:
+            require_opentelemetry()
         levels = ("critical", "error", "warning", "info", "debug", "trace")
         if self.uvicorn_log_level not in levels:
             raise ValueError(f"uvicorn_log_level must be one of {', '.join(levels)}, got {self.uvicorn_log_level!r}")

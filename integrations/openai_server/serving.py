@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.request import Request
 from hf_paged.integrations.openai_server.errors import ApiError
 from hf_paged.integrations.openai_server.options import ServerOptions
+from hf_paged.observe.spans import TRACE_HEADERS
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import SamplingParams
 
@@ -88,9 +89,15 @@ class Serving:
         return name or self.names[0]
 
     async def make_requests(
-        self, make: Callable[[], Iterable[tuple[Prompt, SamplingParams]]], id: str
+        self,
+        make: Callable[[], Iterable[tuple[Prompt, SamplingParams]]],
+        id: str,
+        headers: Mapping[str, str],
     ) -> list[Request]:
         """Requests, checked; tokenizing and compiling grammars is left to a thread.
+
+        Args:
+            headers: of the HTTP request; they may say which trace it belongs to.
 
         Raises:
             ValueError, TypeError: whatever is wrong with a prompt or its parameters.
@@ -100,6 +107,7 @@ class Serving:
             made = []
             for place, (prompt, sampling) in enumerate(make()):
                 made.append(self.intake.request(prompt, sampling, request_id=f"{id}-{place}"))
+                made[-1].trace_headers = {name: headers[name] for name in TRACE_HEADERS if name in headers}
                 self.engine.engine.check(made[-1])
             return made
 

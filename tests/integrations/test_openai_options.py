@@ -52,6 +52,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         ("m --max-num-seqs 0", "max_num_seqs"),
         ("m --config nowhere.yaml", "nowhere.yaml"),
         ("m --uvicorn-log-level loud", "uvicorn_log_level"),
+        ("m --log-format xml", "log_format"),
     ],
 )
 def test_bad_lines(line: str, told: str) -> None:
