@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from hf_paged.engine.engine import Engine
+from hf_paged.engine.front import FrontEngine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
 from hf_paged.lora.request import LoRARequest, one_each
@@ -25,8 +24,8 @@ Lora = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 def make_requests(
-    engine: Engine,
-    lm: nn.Module,
+    engine: FrontEngine,
+    lm: Any,
     prompts: Sequence[Prompt],
     sampling: Sampling | Sequence[Sampling],
     kind: RequestOutputKind,
@@ -57,7 +56,7 @@ def make_requests(
             else:
                 raise TypeError(f"sampling must be SamplingParams or GenerationConfig, got {type(params).__name__}")
             request = engine.intake.request(prompt, own, lora_request=adapter)
-            engine.scheduler.check(request)
+            engine.check(request)
         except (TypeError, ValueError, FileNotFoundError) as error:
             if len(prompts) == 1:
                 raise
@@ -90,7 +89,7 @@ def _from_config(lm: Any, config: GenerationConfig | None, prompt_tokens: int) -
 
 
 def generate_many(
-    engine: Engine, requests: list[Request], progress: bool | None, what: str = "generate"
+    engine: FrontEngine, requests: list[Request], progress: bool | None, what: str = "generate"
 ) -> list[RequestOutput]:
     """Runs requests to their end. Outputs come back in the order of the requests; `what` names the progress bar."""
     outputs: dict[str, RequestOutput] = {}
@@ -102,7 +101,7 @@ def generate_many(
     return [outputs[request.request_id] for request in requests]
 
 
-def stream_text(engine: Engine, request: Request) -> Iterator[str]:
+def stream_text(engine: FrontEngine, request: Request) -> Iterator[str]:
     """The text of one request as it grows; the pieces joined are its final text."""
     with closing(engine.run([request])) as running:  # type: ignore[type-var]
         for output in running:
@@ -120,7 +119,7 @@ class Progress:
         show: None shows it on a terminal only.
     """
 
-    def __init__(self, engine: Engine, total: int, show: bool | None, what: str) -> None:
+    def __init__(self, engine: FrontEngine, total: int, show: bool | None, what: str) -> None:
         hidden = not (sys.stderr.isatty() if show is None else show)
         self._engine = engine
         self._bar = tqdm(total=total, disable=hidden, unit="req", desc=what, dynamic_ncols=True)
@@ -144,10 +143,9 @@ class Progress:
             return
         self._last = now
         stats, elapsed = self._engine.stats, now - self._start
-        scheduler = self._engine.scheduler
+        load = self._engine.load
         self._bar.set_postfix_str(
             f"{(stats.prompt_tokens - self._in) / elapsed:.0f} tok/s in, "
             f"{(stats.generation_tokens - self._out) / elapsed:.0f} out, "
-            f"{len(scheduler.running)} running, {scheduler.num_waiting} waiting, "
-            f"pool {100 * record.active_pages / scheduler.num_pages:.0f}%"
+            f"{load.running} running, {load.waiting} waiting, pool {100 * load.active_pages / load.num_pages:.0f}%"
         )

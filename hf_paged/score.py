@@ -66,7 +66,7 @@ def make_requests(
                     requests.append(None)
                     continue
                 request = intake.scored_request(ids, tokens, temperature, adapter)
-                engine.scheduler.check(request)
+                engine.check(request)
                 requests.append(request)
         except (TypeError, ValueError, FileNotFoundError) as error:
             raise type(error)(f"{where}: {error}") from error

@@ -14,6 +14,7 @@ from hf_paged import many
 from hf_paged.config import EngineConfig
 from hf_paged.distributed.groups import join
 from hf_paged.distributed.shard import parallel_of, shard
+from hf_paged.distributed.spread import generate_spread
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
@@ -109,6 +110,7 @@ class PagedGenerationMixin(PagedSampling):
         *,
         lora_request: many.Lora = None,
         progress: bool | None = None,
+        spread: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
         """Generates for many prompts at once, by continuous batching.
@@ -121,6 +123,9 @@ class PagedGenerationMixin(PagedSampling):
             lora_request: an adapter for all, or a list with one, or None, per prompt; needs `enable_lora=True`.
             progress: a progress bar; None shows one on a terminal.
             trace: a file to write a Perfetto trace of the run to; see `hf_paged.trace`.
+            spread: under torchrun or accelerate, where every process has a replica (or a part of one): all of them
+                give the same prompts, each replica computes a share, and every process gets all outputs. What is drawn
+                does not depend on their number.
 
         Returns:
             one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason
@@ -129,11 +134,14 @@ class PagedGenerationMixin(PagedSampling):
         Raises:
             ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter, before any work starts.
             OSError: the trace cannot be written.
+            ParallelError: with `spread`: another process failed, is gone, or has other prompts.
         """
         engine = self.engine
         lm = causal_lm(self)
         requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY, lora_request)
         with nullcontext() if trace is None else write_trace(trace, self):
+            if spread:
+                return generate_spread(self, engine, requests, progress)
             return many.generate_many(engine, requests, progress)
 
     def score(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from hf_paged.engine.engine import Engine
+from hf_paged.engine.front import FrontEngine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
 from hf_paged.lora.request import LoRARequest
@@ -22,7 +22,7 @@ class AsyncEngine:
     Other threads may use the same engine meanwhile. `async with AsyncEngine(model.engine) as engine` ends the thread.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: FrontEngine) -> None:
         self.engine = engine
         self._wake = threading.Condition()
         self._closed = False

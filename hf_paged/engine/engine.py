@@ -12,6 +12,7 @@ from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.loop import Deliver, StepLoop
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.engine.stats import EngineLoad
 from hf_paged.engine.turn import Turn
 from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
@@ -95,6 +96,23 @@ class Engine(StepLoop):
     def num_unfinished(self) -> int:
         """Requests, of whatever caller, that are not done."""
         return len(self._ids)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can compute anything: processes that it needs may be lost."""
+        return True
+
+    @property
+    def load(self) -> EngineLoad:
+        """What there is to do at this moment."""
+        scheduler = self.scheduler
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            active_pages=scheduler.num_active_pages,
+            num_pages=scheduler.num_pages,
+            max_num_seqs=scheduler.max_num_seqs,
+        )
 
     @property
     def unfinished(self) -> list[Request]:
@@ -210,6 +228,10 @@ class Engine(StepLoop):
 
     # ---- for fronts ----------------------------------------------------------------------------------------
 
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that could not finish even alone in the pool."""
+        self.scheduler.check(request)
+
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
         """Queues requests, all or none.
 
@@ -222,7 +244,7 @@ class Engine(StepLoop):
         if not requests:
             return
         for request in requests:
-            self.scheduler.check(request)
+            self.check(request)
         self._claim_ids(requests)
         self._inbox.append(lambda: self._add(requests, deliver))
 

@@ -28,6 +28,20 @@ class StepRecord:
     """(request id, sample index) of those that went back to the queue when the step was scheduled."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do at one moment, and room for."""
+
+    running: int
+    """Sequences that hold pages."""
+    waiting: int
+    """Sequences that do not yet, or not at present."""
+    active_pages: int
+    """Pages that running sequences hold."""
+    num_pages: int
+    max_num_seqs: int
+
+
 @dataclass(slots=True)
 class EngineStats:
     """Totals since the engine was made."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 
 import hf_paged
+from hf_paged.distributed.replicated import ReplicatedEngine
 from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.integrations.openai_server.chat import create_chat_completion, render
 from hf_paged.integrations.openai_server.completions import create_completion
@@ -38,7 +41,10 @@ from hf_paged.integrations.openai_server.serving import Serving
 from hf_paged.lora.request import LoRARequest
 from hf_paged.observe.logs import RequestLog, StatsLog
 from hf_paged.observe.metrics import EngineMetrics
+from hf_paged.observe.replicas import ReplicaMetrics, metrics_of
 from hf_paged.observe.spans import RequestSpans, otlp_provider
+
+logger = logging.getLogger(__name__)
 
 
 def make_app(
@@ -56,7 +62,9 @@ def make_app(
     names = options.served_model_name or [name or getattr(model.config, "_name_or_path", "") or "model"]
     async_engine = AsyncEngine(model.engine)
     serving = Serving(async_engine, names, options, defaults or {})
-    metrics = EngineMetrics(model.engine)
+    metrics = metrics_of(model.engine)
+    if isinstance(model.engine, ReplicatedEngine):
+        options = _without_steps(options)
 
     profiler = Profiler(model.engine, Path(options.profile_dir)) if options.profile_dir is not None else None
     spans = otlp_provider(options.otlp_traces_endpoint) if options.otlp_traces_endpoint is not None else None
@@ -103,6 +111,19 @@ def make_app(
         _add_live_page(app, serving)
     describe(app, needs_key=bool(keys))
     return app
+
+
+def _without_steps(options: ServerOptions) -> ServerOptions:
+    """What can be had of replicas, whose steps and requests are looked at in their own processes.
+
+    Raises:
+        ValueError: something was asked for that cannot.
+    """
+    for name in ("profile_dir", "otlp_traces_endpoint"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is for one replica: leave it or data_parallel_size out")
+    logger.info("with replicas there is no live page and no log of requests and steps; /metrics has all of them")
+    return replace(options, disable_live_page=True, disable_log_requests=True, disable_log_stats=True)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -164,7 +185,7 @@ def _add_adapters(app: FastAPI, serving: Serving) -> None:
         return PlainTextResponse(serving.adapters.unload(body))
 
 
-def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
+def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | ReplicaMetrics) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         cards = [_card(serving, name) for name in serving.names]
@@ -177,7 +198,7 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        return Response(status_code=200)
+        return Response(status_code=200 if serving.engine.engine.healthy else 503)
 
     @app.get("/ping", response_class=Response)
     @app.post("/ping", response_class=Response)

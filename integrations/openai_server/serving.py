@@ -75,7 +75,7 @@ class Serving:
         self.created = int(time.time())
         self.chat_template = load_chat_template(options.chat_template)
         self.adapters = Adapters(engine.engine, options.adapters())
-        self.load = Load(engine.engine.scheduler.max_num_seqs + options.max_queued_requests)
+        self.load = Load(engine.engine.load.max_num_seqs + options.max_queued_requests)
 
     @property
     def intake(self) -> Intake:
@@ -127,7 +127,7 @@ class Serving:
                 for place, (prompt, sampling) in enumerate(make()):
                     made.append(self.intake.request(prompt, sampling, request_id=f"{id}-{place}", lora_request=adapter))
                     made[-1].trace_headers = {name: headers[name] for name in TRACE_HEADERS if name in headers}
-                    self.engine.engine.scheduler.check(made[-1])
+                    self.engine.engine.check(made[-1])
             except FileNotFoundError as error:
                 raise ApiError(404, str(error), param="model") from error
             return made

@@ -29,7 +29,7 @@ def tokens(outputs: Any) -> list[list[int]]:
     ("options", "error", "told"),
     [
         ({"max_model_length": 64}, TypeError, "Did you mean 'max_model_len'"),
-        ({"data_parallel_size": 2}, ValueError, "data_parallel_size=2"),
+        ({"data_parallel_size": 0}, ValueError, "positive integer"),
         ({"pipeline_parallel_size": 0}, ValueError, "positive integer"),
         ({"enable_lora": True, "max_loras": 0}, ValueError, "max_loras must be a positive integer"),
         ({"enable_lora": True, "tensor_parallel_size": 2}, ValueError, "adapters by request"),
