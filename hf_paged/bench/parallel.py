@@ -328,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
     parallel = join(given.tp, given.device, stages=given.pp) if given.tp * given.pp > 1 else None
     if parallel is None and given.dp > 1:
         dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     result = run_parallel(
         given.model,
         [int(batch) for batch in given.batches.split(",")],

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -116,7 +116,9 @@ class ModelExecutor(Executor):
         self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu and not config.exact)
         self._fused: FusedLinears | None = None
         try:
-            self._build(on_gpu)
+            # Not every operation of torch goes by its tensors' device.
+            with torch.cuda.device(device) if on_gpu else nullcontext():
+                self._build(on_gpu)
         except BaseException:
             self.close()
             raise
