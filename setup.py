@@ -62,6 +62,6 @@ class BuildPy(build_py):
 setup(
     packages=packages(),
     package_dir=ROOMS,
-    package_data={"hf_paged": ["py.typed"]},
+    package_data={"hf_paged": ["py.typed"], "hf_paged.integrations.openai_server.live": ["*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildPy},
 )

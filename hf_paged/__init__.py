@@ -3,7 +3,9 @@
 from hf_paged.config import EngineConfig
 from hf_paged.inputs import TextPrompt, TokensPrompt
 from hf_paged.llm import LLM, EngineArgs
+from hf_paged.lora.request import LoRARequest
 from hf_paged.model.introspect import UnsupportedModelError
+from hf_paged.observe.perfetto import trace
 from hf_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from hf_paged.quantization.load import load
 from hf_paged.quantization.writers.quantize import quantize
@@ -19,6 +21,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "EngineConfig",
+    "LoRARequest",
     "Logprob",
     "PagedGenerationMixin",
     "RequestOutput",
@@ -30,6 +33,7 @@ __all__ = [
     "UnsupportedModelError",
     "load",
     "quantize",
+    "trace",
     "unwrap",
     "wrap",
 ]

@@ -11,6 +11,7 @@ from hf_paged.speculative.config import SpeculativeConfig, speculation_of
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "enable_prefix_caching": (True, False),
+    "enable_lora": (True, False),
     "exact": (True, False),
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3"),
     "calculate_kv_scales": (True, False),
@@ -31,6 +32,9 @@ _COUNTS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
+    "max_loras",
+    "max_lora_rank",
+    "max_cpu_loras",
 )
 
 
@@ -84,6 +88,14 @@ class EngineConfig:
     """Make a token's numbers the same bits whatever else is in the batch: alone or in a crowd, in a chunk of prefill or
     a decode, from cached pages or not. Then a trainer on the same weights can have the very log-probabilities that were
     sampled from (`hf_paged.integrations.trl.attach(trainer, exact=True)`). Slower; needs a GPU and Triton."""
+    enable_lora: bool = False
+    """Serve adapters by request (`LoRARequest`), with room for them beside every linear layer."""
+    max_loras: int = 1
+    """Different adapters in a step, and so in the device's memory; requests with others wait."""
+    max_lora_rank: int = 16
+    """The highest rank of an adapter."""
+    max_cpu_loras: int | None = None
+    """Adapters kept in the host's memory. None: `max_loras`."""
     logprobs_mode: str = "raw_logprobs"
     """Log-probabilities of the model itself ("raw_logprobs"), after penalties, temperature, top-k...
     ("processed_logprobs"), or after temperature alone ("scaled_logprobs"). A request's own
@@ -103,7 +115,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name in ("max_loras", "max_lora_rank")) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         if self.page_size is not None and self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")
@@ -112,6 +126,8 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), so that every running sequence can advance in every step"
             )
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
         self._check_choices()
@@ -138,6 +154,7 @@ class EngineConfig:
             ("compile", (None, "off")),
             ("fuse_linear", (None, False)),
             ("kv_cache_dtype", ("auto",)),
+            ("enable_lora", (False,)),
         )
         for name, possible in others:
             value = getattr(self, name)

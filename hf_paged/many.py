@@ -8,25 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from hf_paged.engine.engine import Engine
+from hf_paged.engine.front import FrontEngine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
+from hf_paged.lora.request import LoRARequest, one_each
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
 Sampling = SamplingParams | GenerationConfig | None
+Lora = LoRARequest | Sequence[LoRARequest | None] | None
+"""One adapter for all prompts, or one or None per prompt."""
 
 
 def make_requests(
-    engine: Engine,
-    lm: nn.Module,
+    engine: FrontEngine,
+    lm: Any,
     prompts: Sequence[Prompt],
     sampling: Sampling | Sequence[Sampling],
     kind: RequestOutputKind,
+    lora_request: Lora = None,
 ) -> list[Request]:
     """A request per prompt, or an error that says which prompt is wrong; nothing is submitted."""
     prompts = list_prompts(prompts)
@@ -38,9 +41,10 @@ def make_requests(
         each = list(sampling)
     else:
         each = [sampling] * len(prompts)
+    adapters = one_each(lora_request, len(prompts))
     made: dict[int, SamplingParams] = {}  # one copy per object given, however many prompts share it
     requests = []
-    for place, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+    for place, (prompt, params, adapter) in enumerate(zip(prompts, each, adapters, strict=True)):
         try:
             if isinstance(params, SamplingParams):
                 if id(params) not in made:
@@ -51,9 +55,9 @@ def make_requests(
                 own = _from_config(lm, params, length).clone(output_kind=kind)
             else:
                 raise TypeError(f"sampling must be SamplingParams or GenerationConfig, got {type(params).__name__}")
-            request = engine.intake.request(prompt, own)
-            engine.scheduler.check(request)
-        except (TypeError, ValueError) as error:
+            request = engine.intake.request(prompt, own, lora_request=adapter)
+            engine.check(request)
+        except (TypeError, ValueError, FileNotFoundError) as error:
             if len(prompts) == 1:
                 raise
             raise type(error)(f"prompt {place}: {error}") from error
@@ -85,7 +89,7 @@ def _from_config(lm: Any, config: GenerationConfig | None, prompt_tokens: int) -
 
 
 def generate_many(
-    engine: Engine, requests: list[Request], progress: bool | None, what: str = "generate"
+    engine: FrontEngine, requests: list[Request], progress: bool | None, what: str = "generate"
 ) -> list[RequestOutput]:
     """Runs requests to their end. Outputs come back in the order of the requests; `what` names the progress bar."""
     outputs: dict[str, RequestOutput] = {}
@@ -97,7 +101,7 @@ def generate_many(
     return [outputs[request.request_id] for request in requests]
 
 
-def stream_text(engine: Engine, request: Request) -> Iterator[str]:
+def stream_text(engine: FrontEngine, request: Request) -> Iterator[str]:
     """The text of one request as it grows; the pieces joined are its final text."""
     with closing(engine.run([request])) as running:  # type: ignore[type-var]
         for output in running:
@@ -115,7 +119,7 @@ class Progress:
         show: None shows it on a terminal only.
     """
 
-    def __init__(self, engine: Engine, total: int, show: bool | None, what: str) -> None:
+    def __init__(self, engine: FrontEngine, total: int, show: bool | None, what: str) -> None:
         hidden = not (sys.stderr.isatty() if show is None else show)
         self._engine = engine
         self._bar = tqdm(total=total, disable=hidden, unit="req", desc=what, dynamic_ncols=True)
@@ -139,10 +143,9 @@ class Progress:
             return
         self._last = now
         stats, elapsed = self._engine.stats, now - self._start
-        scheduler = self._engine.scheduler
+        load = self._engine.load
         self._bar.set_postfix_str(
             f"{(stats.prompt_tokens - self._in) / elapsed:.0f} tok/s in, "
             f"{(stats.generation_tokens - self._out) / elapsed:.0f} out, "
-            f"{len(scheduler.running)} running, {scheduler.num_waiting} waiting, "
-            f"pool {100 * record.active_pages / scheduler.num_pages:.0f}%"
+            f"{load.running} running, {load.waiting} waiting, pool {100 * load.active_pages / load.num_pages:.0f}%"
         )

@@ -45,6 +45,10 @@ class CompletionLogprobs(Sequence[dict[int, Logprob]]):
         """Of the tokens themselves."""
         return self._history.values
 
+    def decoded_by(self, decode: Callable[[list[int]], str] | None) -> CompletionLogprobs:
+        """The same with texts from `decode`, or without any."""
+        return CompletionLogprobs(self._history, decode)
+
     def __len__(self) -> int:
         return len(self._history)
 

@@ -13,6 +13,7 @@ from hf_paged import many
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
+from hf_paged.lora.request import one_each
 
 Completion = str | Sequence[int] | Tensor | np.ndarray
 """Text, or token ids."""
@@ -24,11 +25,12 @@ def score(
     completions: Sequence[Completion | Sequence[Completion]],
     temperature: float,
     progress: bool | None,
+    lora_request: many.Lora = None,
 ) -> list[Tensor]:
     """See `PagedGenerationMixin.score`."""
     if isinstance(prompts, str | dict):
         completions = [completions]  # type: ignore[list-item]
-    requests = make_requests(engine, many.list_prompts(prompts), completions, temperature)
+    requests = make_requests(engine, many.list_prompts(prompts), completions, temperature, lora_request)
     wanted = [request for request in requests if request is not None]
     for output in many.generate_many(engine, wanted, progress, "score"):
         if output.error is not None:
@@ -43,15 +45,17 @@ def make_requests(
     prompts: list[Prompt],
     completions: Sequence[Completion | Sequence[Completion]],
     temperature: float,
+    lora_request: many.Lora = None,
 ) -> list[Request | None]:
     """A request per pair, None where the completion is empty, or an error that says which pair is wrong; nothing is
     submitted."""
     if isinstance(completions, str) or len(completions) != len(prompts):
         count = 1 if isinstance(completions, str) else len(completions)
         raise ValueError(f"{count} completions for {len(prompts)} prompts: give one, or a list of several, per prompt")
+    adapters = one_each(lora_request, len(prompts))
     intake = engine.intake
     requests: list[Request | None] = []
-    for place, (prompt, given) in enumerate(zip(prompts, completions, strict=True)):
+    for place, (prompt, given, adapter) in enumerate(zip(prompts, completions, adapters, strict=True)):
         where = f"prompt {place}"
         try:
             ids = intake.tokenize(prompt)[1]
@@ -61,10 +65,10 @@ def make_requests(
                 if not tokens:
                     requests.append(None)
                     continue
-                request = intake.scored_request(ids, tokens, temperature)
-                engine.scheduler.check(request)
+                request = intake.scored_request(ids, tokens, temperature, adapter)
+                engine.check(request)
                 requests.append(request)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, FileNotFoundError) as error:
             raise type(error)(f"{where}: {error}") from error
     return requests
 

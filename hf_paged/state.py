@@ -18,6 +18,8 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Intake
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.lora.cache import AdapterCache
+from hf_paged.lora.layers import LoraLayers
 from hf_paged.model.introspect import causal_lm
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.drafter import Drafter
@@ -116,6 +118,11 @@ def build_engine(
     """
     drafting = assistant or config.speculation
     parallel = parallel_of(causal_lm(model))
+    if config.enable_lora and parallel is not None:
+        raise ValueError(
+            "adapters by request with tensor_parallel_size > 1 are not served: leave enable_lora out and merge the "
+            "adapter into the model, or use one GPU per replica"
+        )
     executor = (
         ModelExecutor(model, config, drafting)
         if parallel is None
@@ -132,6 +139,7 @@ def build_engine(
         max_prompt_logits=max(
             1, PROMPT_LOGITS_BYTES // (executor.layout.vocab_size * executor.layout.kv_dtype.itemsize)
         ),
+        max_adapters=config.max_loras,
     )
     intake = Intake(
         tokenizer,
@@ -143,6 +151,7 @@ def build_engine(
         speculation=config.speculation,
         seed=config.seed,
         draw_seed=None if parallel is None or config.seed is not None else common_seeds(parallel),
+        adapters=None if executor.adapters is None else _adapter_cache(executor.adapters.layers, config),
     )
     drafters: dict[SpeculativeConfig, Drafter] = {}
     if drafting is not None and executor.drafter is not None:
@@ -153,6 +162,16 @@ def build_engine(
         leads = executor.parallel.led and executor.parallel.link.rank == 0
         return (LeadingEngine if leads else ParallelEngine)(executor, scheduler, intake, speculator)
     return Engine(executor, scheduler, intake, speculator)
+
+
+def _adapter_cache(layers: LoraLayers, config: EngineConfig) -> AdapterCache:
+    return AdapterCache(
+        layers.targets,
+        max_adapters=config.max_cpu_loras or config.max_loras,
+        max_rank=config.max_lora_rank,
+        dtype=layers.dtype,
+        pin=layers.device.type == "cuda",
+    )
 
 
 def find_tokenizer(name_or_path: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,10 +14,13 @@ from hf_paged import many
 from hf_paged.config import EngineConfig
 from hf_paged.distributed.groups import join
 from hf_paged.distributed.shard import parallel_of, shard
+from hf_paged.distributed.spread import generate_spread
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.generate import PagedSampling
+from hf_paged.lora.request import LoRARequest
 from hf_paged.model.introspect import causal_lm, refuse, why_unpageable
+from hf_paged.observe.perfetto import trace as write_trace
 from hf_paged.outputs import RequestOutput
 from hf_paged.quantization.bitsandbytes import pack_for_cpu
 from hf_paged.quantization.linear import QuantizedLinear
@@ -108,7 +113,10 @@ class PagedGenerationMixin(PagedSampling):
         prompts: Sequence[Prompt],
         sampling: many.Sampling | Sequence[many.Sampling] = None,
         *,
+        lora_request: many.Lora = None,
         progress: bool | None = None,
+        spread: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
         """Generates for many prompts at once, by continuous batching.
 
@@ -117,19 +125,29 @@ class PagedGenerationMixin(PagedSampling):
             sampling: one `SamplingParams` or `GenerationConfig` for all, or a list with one per prompt. None: the
                 model's
                 own generation config, with `SamplingParams`' max_tokens where that names no length.
+            lora_request: an adapter for all, or a list with one, or None, per prompt; needs `enable_lora=True`.
             progress: a progress bar; None shows one on a terminal.
+            trace: a file to write a Perfetto trace of the run to; see `hf_paged.trace`.
+            spread: under torchrun or accelerate, where every process has a replica (or a part of one): all of them
+                give the same prompts, each replica computes a share, and every process gets all outputs. What is drawn
+                does not depend on their number.
 
         Returns:
             one output per prompt, in their order. A request whose own processor or criterion raised has finish_reason
             "error" and the exception in `error`; the others are not affected.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter, before any work starts.
+            OSError: the trace cannot be written.
+            ParallelError: with `spread`: another process failed, is gone, or has other prompts.
         """
         engine = self.engine
         lm = causal_lm(self)
-        requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY)
-        return many.generate_many(engine, requests, progress)
+        requests = many.make_requests(engine, lm, prompts, sampling, RequestOutputKind.FINAL_ONLY, lora_request)
+        with nullcontext() if trace is None else write_trace(trace, self):
+            if spread:
+                return generate_spread(self, engine, requests, progress)
+            return many.generate_many(engine, requests, progress)
 
     def score(
         self,
@@ -137,6 +155,7 @@ class PagedGenerationMixin(PagedSampling):
         completions: Sequence[Completion | Sequence[Completion]],
         *,
         temperature: float = 1.0,
+        lora_request: many.Lora = None,
         progress: bool | None = None,
     ) -> list[Tensor]:
         """Log-probabilities of given completions, token by token; nothing is sampled.
@@ -152,29 +171,34 @@ class PagedGenerationMixin(PagedSampling):
                 token added, so end it with one if it ended so) or token ids; it may be empty.
             temperature: what logits are divided by first; 0 counts as 1. As `logprobs_mode="scaled_logprobs"` reports
                 them for sampled tokens.
+            lora_request: as `generate_many` takes it.
             progress: a progress bar; None shows one on a terminal.
 
         Returns:
             one float32 tensor `[tokens of the completion]` on the CPU per pair, in order.
 
         Raises:
-            ValueError, TypeError: a bad prompt, completion or temperature, before any work starts.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, completion, temperature or adapter, before any work
+                starts.
             RuntimeError: the model's logits are not finite, another thread aborted the work, or this one has paused
                 the engine.
         """
-        return score(self.engine, prompts, completions, temperature, progress)
+        return score(self.engine, prompts, completions, temperature, progress, lora_request)
 
-    def stream(self, prompt: Prompt, sampling: many.Sampling = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling: many.Sampling = None, *, lora_request: LoRARequest | None = None
+    ) -> Iterator[str]:
         """The text of one sample, piece by piece as it is generated. The pieces joined are the final text.
 
         Leaving the loop early aborts the request.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter, no tokenizer, or n > 1; raised by the call itself.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter, no tokenizer, or n > 1; raised
+                by the call itself.
         """
         engine = self.engine
         lm = causal_lm(self)
-        requests = many.make_requests(engine, lm, [prompt], sampling, RequestOutputKind.DELTA)
+        requests = many.make_requests(engine, lm, [prompt], sampling, RequestOutputKind.DELTA, lora_request)
         if requests[0].sampling.n > 1:
             raise ValueError(f"stream() follows one sample, got n={requests[0].sampling.n}")
         if engine.intake.tokenizer is None:

@@ -66,6 +66,9 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "hf_paged/kernels/reference.py" in names
     assert "hf_paged/py.typed" in names
+    folder = ROOT / "integrations" / "openai_server" / "live"
+    live = [file.name for file in folder.iterdir() if file.suffix in (".html", ".css", ".js")]
+    assert live and {f"hf_paged/integrations/openai_server/live/{name}" for name in live} <= names
     assert python_files() == {name for name in names if name.endswith(".py")}
 
 

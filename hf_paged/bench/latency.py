@@ -79,7 +79,7 @@ def run_latency(
             log(f"{batch} sequences ...")
             row: dict[str, Any] = {"batch": batch}
             try:
-                clock = _DecodeClock(model.engine, prompts[:batch], temperature)
+                clock = DecodeClock(model.engine, prompts[:batch], temperature)
                 row |= clock.measure(steps, rounds, subject.device)
                 row["floor_s"] = step_floor(cost, batch, row["mean_context"], rates)
                 row["floor_fraction"] = row["floor_s"] / row["step_s"]
@@ -147,16 +147,26 @@ def _first_token(engine: Engine, prompt: list[int], temperature: float) -> float
     return statistics.median(times)
 
 
-class _DecodeClock:
+class DecodeClock:
     """Times the steps of a batch that only decodes.
+
+    Args:
+        adapters: one per prompt; None is none for any.
 
     Raises:
         ValueError: the engine does not hold the batch.
     """
 
-    def __init__(self, engine: Engine, prompts: list[list[int]], temperature: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        temperature: float,
+        adapters: list[hf_paged.LoRARequest | None] | None = None,
+    ) -> None:
         self._engine = engine
         self._prompts = prompts
+        self._adapters = adapters or [None] * len(prompts)
         self._temperature = temperature
         self._last: StepRecord | None = None
 
@@ -166,7 +176,10 @@ class _DecodeClock:
         self._check_room(WARM_STEPS + steps * rounds)
         engine.reset_prefix_cache()
         generated = engine.stats.generation_tokens
-        ids = [engine.add_request(prompt, _sampling(self._temperature, None)) for prompt in self._prompts]
+        ids = [
+            engine.add_request(prompt, _sampling(self._temperature, None), lora_request=adapter)
+            for prompt, adapter in zip(self._prompts, self._adapters, strict=True)
+        ]
         try:
             self._prefill()
             for _ in range(WARM_STEPS):

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 -m hf_paged.bench.parallel qwen3-30b-a3b --batches 1,128 --tp 2 --ep
 
 Weights are random, and each rank makes its own part alone. Rank 0 prints a table and a line of JSON. With neither it is
-one GPU, without torchrun. A step of a pipeline is one of all its micro-batches: a token for every sequence.
+one GPU, without torchrun. A step of a pipeline is one of all its micro-batches: a token for every sequence. `--dp`
+replicas compute the same at the same time, and share the rollouts out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import statistics
 import sys
@@ -85,9 +87,11 @@ def run_parallel(
     quantization: str | None = None,
     layers: int | None = None,
     expert_parallel: bool = False,
+    rollouts: tuple[int, int, int] | None = None,
+    replicas: int = 1,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Times decode steps; every rank calls it.
+    """Times decode steps, and rollouts; every rank calls it.
 
     Args:
         name: one of `SHAPES`.
@@ -97,6 +101,8 @@ def run_parallel(
         steps, rounds: the median of the rounds' mean step times counts.
         layers: of the model; None is all.
         expert_parallel: ranks have whole experts of a mixture.
+        rollouts: (prompts, samples of each, tokens of each), generated once to warm up and once to be timed.
+        replicas: as many groups of ranks do the same.
         options: fields of `EngineConfig`.
 
     Returns:
@@ -108,13 +114,15 @@ def run_parallel(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     if parallel is None:
-        model = random_model(config, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        model = random_model(config, dtype, place)
         if quantization is not None:
             quantized(model, quantization)
     else:
         model = random_part(config, dtype, parallel, quantization, expert_parallel=expert_parallel)
     device = next(model.parameters()).device
-    hf_paged.wrap(model, **{"max_num_seqs": max(batches)} | (options or {}))
+    most = max(*batches, rollouts[0] * rollouts[1] // replicas if rollouts else 1)
+    hf_paged.wrap(model, **{"max_num_seqs": min(most, 1024)} | (options or {}))
     draw = random.Random(0)
     prompts = [[draw.randrange(config.vocab_size) for _ in range(context)] for _ in range(max(batches))]
     rows = []
@@ -138,8 +146,11 @@ def run_parallel(
         "sums_per_step": 0 if parallel is None or parallel.size == 1 else 2 * config.num_hidden_layers + 1,
         "weight_bytes_per_rank": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         "pages": model.engine.scheduler.num_pages,
+        "data_parallel_size": replicas,
         "decode": rows,
     }
+    if rollouts is not None:
+        result["rollouts"] = _time_rollouts(model, config.vocab_size, context, rollouts, replicas)
     hf_paged.unwrap(model)
     return result
 
@@ -175,6 +186,32 @@ def _time_decodes(
         engine.abort(ids)
         while engine.has_unfinished():
             engine.step()
+
+
+def _time_rollouts(
+    model: Any, vocab_size: int, context: int, rollouts: tuple[int, int, int], replicas: int
+) -> dict[str, Any]:
+    """Seconds and tokens per second of all replicas together, each of which has its share of the prompts."""
+    count, samples, tokens = rollouts
+    draw = random.Random(1)
+    sampling = hf_paged.SamplingParams(temperature=1.0, n=samples, max_tokens=tokens, ignore_eos=True, seed=1)
+    seconds = 0.0
+    for _ in range(2):  # the first one captures graphs
+        prompts = [[draw.randrange(vocab_size) for _ in range(context)] for _ in range(count // replicas)]
+        if replicas > 1:
+            dist.barrier()
+        start = time.perf_counter()
+        outputs = model.generate_many(prompts, sampling, progress=False)
+        seconds = time.perf_counter() - start
+        assert (
+            sum(len(one.token_ids) for output in outputs for one in output.outputs) == len(prompts) * samples * tokens
+        )
+    if replicas > 1:
+        slowest = torch.tensor(seconds)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        seconds = float(slowest)
+    made = count // replicas * replicas * samples * tokens
+    return {"prompts": count, "samples": samples, "tokens": tokens, "seconds": seconds, "tokens_per_s": made / seconds}
 
 
 def time_sums(parallel: TensorParallel, rows: int, width: int, dtype: torch.dtype) -> dict[str, float | str]:
@@ -252,6 +289,7 @@ def as_text(result: dict[str, Any]) -> str:
     sizes = result["tensor_parallel_size"], result["pipeline_parallel_size"]
     whole = ", whole experts" if result["expert_parallel"] else ""
     where = f"{result['device']}, tensor parallel {sizes[0]}, pipeline parallel {sizes[1]}{whole}"
+    where += f", data parallel {result['data_parallel_size']}" if result["data_parallel_size"] > 1 else ""
     lines = [
         f"{result['model']} ({result['layers']} layers), {kind}, {where}: "
         f"{result['weight_bytes_per_rank'] / 2**30:.2f} GiB of weights per rank, {result['pages']} pages, prompts of "
@@ -264,6 +302,11 @@ def as_text(result: dict[str, Any]) -> str:
             for name, value in row.get("all_reduce_us", {}).items()
         )
         lines.append(f"{row['batch']:>6} {row['step_s'] * 1e3:>9.3f} {row['tokens_per_s']:>10.1f}  {sums}")
+    if (told := result.get("rollouts")) is not None:
+        lines.append(
+            f"rollouts, {told['prompts']} prompts x {told['samples']} samples x {told['tokens']} tokens: "
+            f"{told['seconds']:.2f} s, {told['tokens_per_s']:.0f} tokens/s"
+        )
     return "\n".join(lines)
 
 
@@ -274,6 +317,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer")
     parser.add_argument("--pp", type=int, default=1, help="groups of such ranks, each with some of the layers")
     parser.add_argument("--ep", action="store_true", help="ranks of --tp have whole experts of a mixture")
+    parser.add_argument("--dp", type=int, default=1, help="replicas of all that")
+    parser.add_argument("--rollouts", help="PROMPTSxSAMPLESxTOKENS, to be timed too: 64x8x256, say")
     parser.add_argument("--batches", default="1,128", help="sequences that decode at once, several by commas")
     parser.add_argument("--context", type=int, default=900, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
@@ -289,7 +334,19 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO if given.log else logging.WARNING)
+    parts = given.rollouts.split("x") if given.rollouts else []
+    if given.rollouts and (len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts)):
+        parser.error(f"--rollouts is PROMPTSxSAMPLESxTOKENS, got {given.rollouts!r}")
+    if parts and int(parts[0]) % given.dp:
+        parser.error(f"--dp {given.dp} does not divide the {parts[0]} prompts of --rollouts")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if given.tp * given.pp * given.dp != started:
+        parser.error(f"--tp, --pp and --dp need {given.tp * given.pp * given.dp} processes, and {started} were started")
     parallel = join(given.tp, given.device, stages=given.pp) if given.tp * given.pp > 1 else None
+    if parallel is None and given.dp > 1:
+        dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     result = run_parallel(
         given.model,
         [int(batch) for batch in given.batches.split(",")],
@@ -301,8 +358,10 @@ def main(arguments: list[str] | None = None) -> None:
         quantization=given.quantization,
         layers=given.layers,
         expert_parallel=given.ep,
+        rollouts=(int(parts[0]), int(parts[1]), int(parts[2])) if parts else None,
+        replicas=given.dp,
     )
-    if parallel is None or parallel.link.rank == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         sys.stdout.write(f"{as_text(result)}\n{json.dumps(result)}\n")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,6 +17,7 @@ from hf_paged.bench.models import Subject, load_smollm2, make_subject
 from hf_paged.bench.throughput import machine
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.executor import StepResult
 from hf_paged.engine.request import Sequence as Sample
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.pace import Pace
@@ -80,12 +81,12 @@ class ForcedAcceptance:
         """Has the engine's verifications find what is drawn here."""
         verify = engine._verify
 
-        def forced(batch: Batch, tokens: list[int]) -> None:
+        def forced(batch: Batch, result: StepResult) -> list[tuple[Sample, int, int]]:
             for place, row in enumerate(batch.decodes):
                 for i in range(len(batch.drafts.get(row, ()))):
                     accepted = self._draw.random() < self._acceptance
-                    tokens[place + i] = NONSENSE if accepted else NONSENSE + 1
-            verify(batch, tokens)
+                    result.tokens[place + i] = NONSENSE if accepted else NONSENSE + 1
+            return verify(batch, result)
 
         engine._verify = forced  # type: ignore[method-assign]
 

@@ -46,6 +46,10 @@ class PagePool:
     def refs(self, page: int) -> int:
         return self._refs[page]
 
+    def all_refs(self) -> list[int]:
+        """A copy of every page's count, in order; safe to take while another thread uses the pool."""
+        return self._refs.copy()
+
     def allocate(self, count: int) -> list[int]:
         """Takes `count` free pages, one reference each.
 

@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from hf_paged.cache.pages import PagePool
 
 
+def edge(tokens: list[int], place: int, page_size: int, adapter: int = 0) -> tuple[int, ...]:
+    """What leads to a sequence's page number `place` from the page before it: its tokens. An adapter's number comes
+    before those of its first page, so that adapters, and the model alone (0), never share a page."""
+    tokens_of_page = tuple(tokens[place * page_size : (place + 1) * page_size])
+    return (adapter, *tokens_of_page) if adapter and not place else tokens_of_page
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """One cached page: its tokens (the edge from the parent), its page id, and how many sequences use it now."""
@@ -46,6 +53,8 @@ class PrefixTree:
         self._releases = 0
         self._num_nodes = 0
         self._num_idle = 0
+        self.holds = bytearray(pool.num_pages)
+        """Per page, 1 where it is in the tree."""
         self.epoch = 0
         """Goes up with every `clear`: a sequence that began before must not cache what it computed then."""
 
@@ -59,15 +68,15 @@ class PrefixTree:
         """Pages that no sequence uses and that eviction could free."""
         return self._num_idle
 
-    def match(self, tokens: list[int], limit: int) -> list[Node]:
-        """The longest cached prefix of `tokens`, at most `limit` pages, as nodes from the root down.
+    def match(self, tokens: list[int], limit: int, adapter: int = 0) -> list[Node]:
+        """The longest prefix of `tokens` that is cached for an adapter (see `edge`), at most `limit` pages, as nodes
+        from the root down.
 
         Read-only: call `use` to hold what was found.
         """
-        size = self.page_size
         node, path = self._root, []
-        for start in range(0, limit * size, size):
-            child = node.children.get(tuple(tokens[start : start + size]))
+        for place in range(limit):
+            child = node.children.get(edge(tokens, place, self.page_size, adapter))
             if child is None:
                 break
             path.append(child)
@@ -102,6 +111,7 @@ class PrefixTree:
         node = Node(tokens=tokens, page=page, parent=above, users=1)
         above.children[tokens] = node
         self._num_nodes += 1
+        self.holds[page] = 1
         return node
 
     def release(self, path: list[Node]) -> None:
@@ -146,6 +156,7 @@ class PrefixTree:
             node.parent = None
             self._num_nodes -= 1
             self._num_idle -= 1
+            self.holds[node.page] = 0
             self.pool.release([node.page])
             freed += 1
             self._offer(parent)  # a leaf now, as old as its own last use
@@ -162,6 +173,7 @@ class PrefixTree:
         for node in nodes:
             node.parent = None
             node.children = {}
+            self.holds[node.page] = 0
         self.pool.release([node.page for node in nodes])
         self._root.children = {}
         self._idle_leaves.clear()

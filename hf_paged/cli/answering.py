@@ -187,7 +187,7 @@ class Local:
             engine.intake.need_tokenizer("text")
             params = SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
             request = engine.intake.request(prompt, params)
-            engine.scheduler.check(request)
+            engine.check(request)
         except (ValueError, TypeError) as error:
             raise AnswerError(str(error)) from error
         with closing(engine.run([request])) as running:

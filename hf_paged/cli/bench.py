@@ -247,3 +247,26 @@ def perplexity(
         show(result, report.as_table, as_json)
 
     friendly(run, ValueError)
+
+
+@bench.command()
+def lora(
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    batches: Annotated[str, typer.Option(help="Comma-separated: sequences that decode at once.")] = "8,64",
+    adapters: Annotated[str, typer.Option(help="Comma-separated: different adapters among them.")] = "1,8",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What LoRA adapters by request cost a decode step."""
+    from hf_paged.bench import lora as report
+
+    check_model(model, dtype, device)
+    sizes, counts = numbers("batches", batches.split(",")), [0, *numbers("adapters", adapters.split(","))]
+
+    def run() -> None:
+        result = report.run_lora(model, sizes, counts, rank=rank, dtype=dtype, device=device, log=log(as_json))
+        show(result, report.as_table, as_json)
+
+    friendly(run, ValueError)

@@ -1,1 +1,1 @@
-"""One model over several processes: tensor parallelism on torch.distributed."""
+"""One model over several processes: tensor and pipeline parallelism on torch.distributed."""

@@ -17,3 +17,11 @@ class PeerFailed(ParallelError):
 
 class Divergence(ParallelError):
     """Ranks do not do the same. The group is of no use any more."""
+
+
+class ReplicaLost(ParallelError):
+    """A replica's process ended, or has not answered for too long. The others go on."""
+
+
+class ReplicaFailed(ParallelError):
+    """A step failed on a replica, whose unfinished requests ended with it. It goes on with others."""

@@ -203,7 +203,7 @@ def connect(rank: int, size: int, group: dist.ProcessGroup, timeout_s: float) ->
     """
     first = dist.get_global_rank(group, 0)
     if rank == 0:
-        host = socket.gethostbyname(socket.gethostname()) if _several_hosts() else "127.0.0.1"
+        host = _own_address() if _several_hosts() else "127.0.0.1"
         key = os.urandom(32)
         with Listener((host, 0), backlog=size, authkey=key) as listener:
             dist.broadcast_object_list([listener.address, key], src=first, group=group)
@@ -223,6 +223,17 @@ def connect(rank: int, size: int, group: dist.ProcessGroup, timeout_s: float) ->
 
 def _several_hosts() -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) < dist.get_world_size()
+
+
+def _own_address() -> str:
+    """This host's, as the others reach it: the one from which it would speak to the host that all of them have met at.
+    Its name may well stand for a loopback address."""
+    meeting = os.environ.get("MASTER_ADDR")
+    if meeting is None:
+        return socket.gethostbyname(socket.gethostname())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((meeting, 9))  # nothing is sent
+        return str(probe.getsockname()[0])
 
 
 def _ended(rank: int) -> PeerLost:

@@ -154,6 +154,10 @@ class ParallelEngine(Engine):
         self._interrupts = _Interrupts()
         self.link.check = self._interrupts.check
 
+    @property
+    def healthy(self) -> bool:
+        return self.link.broken is None
+
     def _compute_step(self) -> None:
         with self._interrupts:  # an interrupt in the middle of a sum would leave the other ranks waiting in it
             if self.link.epoch != self._epoch:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from hf_paged.engine.engine import Engine
+from hf_paged.engine.front import FrontEngine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -20,7 +22,7 @@ class AsyncEngine:
     Other threads may use the same engine meanwhile. `async with AsyncEngine(model.engine) as engine` ends the thread.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: FrontEngine) -> None:
         self.engine = engine
         self._wake = threading.Condition()
         self._closed = False
@@ -35,15 +37,27 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields a request's outputs as they come. Leaving early, or cancelling the task, aborts it.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter.
             RuntimeError: the engine is closed, or a step failed.
         """
-        request = self.engine.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        make = functools.partial(
+            self.engine.intake.request,
+            prompt,
+            sampling or SamplingParams(),
+            request_id=request_id,
+            lora_request=lora_request,
+        )
+        request = make() if lora_request is None else await asyncio.to_thread(make)  # which may read an adapter
         outputs = self.follow([request])
         try:
             async for output in outputs:

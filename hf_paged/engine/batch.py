@@ -83,6 +83,8 @@ class Batch:
     """Changes to the block table since the last step: (slot, index in the row, page)."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """Copy-on-write: (from page, to page), to be copied before the step writes anything."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Those that went back to the queue to make room for it."""
 
     @property
     def num_tokens(self) -> int:

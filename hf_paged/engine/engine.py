@@ -12,7 +12,9 @@ from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.loop import Deliver, StepLoop
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.engine.stats import EngineLoad
 from hf_paged.engine.turn import Turn
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import SamplingParams
 from hf_paged.speculative.speculator import Speculator
@@ -43,7 +45,12 @@ class Engine(StepLoop):
     # ---- for callers who own the loop ----------------------------------------------------------------------
 
     def add_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """Queues one prompt; its outputs come from `step`.
 
@@ -51,9 +58,12 @@ class Engine(StepLoop):
             the request's id, made up when none is given.
 
         Raises:
-            ValueError, TypeError: bad prompt or parameters, an id in use, or a request too large for the pool.
+            ValueError, TypeError, FileNotFoundError: bad prompt, parameters or adapter, an id in use, or a request too
+                large for the pool.
         """
-        request = self.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        request = self.intake.request(
+            prompt, sampling or SamplingParams(), request_id=request_id, lora_request=lora_request
+        )
         self.submit([request])
         return request.request_id
 
@@ -86,6 +96,28 @@ class Engine(StepLoop):
     def num_unfinished(self) -> int:
         """Requests, of whatever caller, that are not done."""
         return len(self._ids)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can compute anything: processes that it needs may be lost."""
+        return True
+
+    @property
+    def load(self) -> EngineLoad:
+        """What there is to do at this moment."""
+        scheduler = self.scheduler
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            active_pages=scheduler.num_active_pages,
+            num_pages=scheduler.num_pages,
+            max_num_seqs=scheduler.max_num_seqs,
+        )
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that are queued or run, in order of arrival; read them only."""
+        return [request for request, _ in list(self._requests.values())]
 
     @property
     def weight_version(self) -> int:
@@ -174,7 +206,31 @@ class Engine(StepLoop):
 
         self._ask(change)
 
+    # ---- adapters ------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter now, so that no request waits for it. Returns whether it was not there yet, or read anew.
+
+        Raises:
+            ValueError, FileNotFoundError: it does not fit, or there is none; or the engine has no room for adapters.
+        """
+        known = lora_request.lora_int_id in self.list_loras()
+        self.intake.adapter(lora_request)
+        return not known or lora_request.load_inplace
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forgets an adapter; requests that began with it go on with it. Returns whether it was there."""
+        return self.intake.need_adapters().remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """The ids of the adapters in the host's memory."""
+        return self.intake.need_adapters().ids()
+
     # ---- for fronts ----------------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that could not finish even alone in the pool."""
+        self.scheduler.check(request)
 
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
         """Queues requests, all or none.
@@ -188,7 +244,7 @@ class Engine(StepLoop):
         if not requests:
             return
         for request in requests:
-            self.scheduler.check(request)
+            self.check(request)
         self._claim_ids(requests)
         self._inbox.append(lambda: self._add(requests, deliver))
 
@@ -249,14 +305,11 @@ class Engine(StepLoop):
         """Lands one step, and has those after it on their way before that where they may be."""
         if self._unseen and self._requests:
             self._look_over()
-        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
-            flight = self._launch()
-            if flight is None:
-                break
-            self._flights.append(flight)
+        self._launch_all()
         if not self._flights:
             return
-        self._land(self._flights.popleft())
+        # Of micro-batches the next one needs this one's tokens, and nobody else is to wait for what they are told.
+        self._land(self._flights.popleft(), then=self._launch_all if self.executor.micro_batches > 1 else None)
         if not self._requests:
             self._drain()  # all were finished by what has just landed: nobody wants the next one
 

@@ -13,6 +13,9 @@ import torch
 
 from hf_paged.chat import render_chat
 from hf_paged.engine.request import Hooks, Request
+from hf_paged.lora.adapter import Adapter
+from hf_paged.lora.cache import AdapterCache
+from hf_paged.lora.request import LoRARequest
 from hf_paged.sampling.structured import Form, FormCompiler
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.speculative.config import SpeculativeConfig
@@ -38,6 +41,7 @@ class Intake:
         speculation: how tokens are drafted for requests that do not say.
         seed: where requests without a seed get theirs from; None is torch's global generator.
         draw_seed: gives these seeds instead.
+        adapters: those that requests can have; None is none.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Intake:
         speculation: SpeculativeConfig | None = None,
         seed: int | None = None,
         draw_seed: Callable[[], int] | None = None,
+        adapters: AdapterCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -60,6 +65,7 @@ class Intake:
         self.eos_token_ids = eos_token_ids
         self.logprobs_mode = logprobs_mode
         self.speculation = speculation
+        self.adapters = adapters
         self._generator = None if seed is None else torch.Generator("cpu").manual_seed(seed % 2**63)
         self._draw_seed = draw_seed or self._own_seed
         self._numbers = itertools.count()
@@ -79,12 +85,15 @@ class Intake:
         request_id: str | None = None,
         speculation: SpeculativeConfig | None = None,
         hooks: Hooks | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Request:
         """A request for one prompt.
 
         Raises:
             TypeError: a prompt of a kind that is not known.
-            ValueError: an empty or too long prompt, ids outside the vocabulary, text without a tokenizer.
+            ValueError: an empty or too long prompt, ids outside the vocabulary, text without a tokenizer; an adapter
+                that does not fit the model.
+            FileNotFoundError: no adapter where it should be.
         """
         text, ids = self.tokenize(prompt)
         ids = self._truncate(ids, sampling)
@@ -104,6 +113,7 @@ class Intake:
         form = None
         if sampling.structured_outputs is not None:
             form = self.compile_form(sampling.structured_outputs, stop_token_ids)
+        adapter = self.adapter(lora_request)
         seed = sampling.seed if sampling.seed is not None else self._draw_seed()
         return Request(
             request_id if request_id is not None else f"request-{next(self._numbers)}",
@@ -119,9 +129,12 @@ class Intake:
             hooks=hooks,
             asked=asked,
             form=form,
+            adapter=adapter,
         )
 
-    def scored_request(self, prompt: list[int], completion: list[int], temperature: float) -> Request:
+    def scored_request(
+        self, prompt: list[int], completion: list[int], temperature: float, lora_request: LoRARequest | None = None
+    ) -> Request:
         """A request for the log-probabilities of a completion, at this temperature; see `Request.scored`.
 
         Args:
@@ -146,7 +159,30 @@ class Intake:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         name = f"request-{next(self._numbers)}"
-        return Request(name, (prompt + completion)[:-1], sampling, scored=completion)
+        adapter = self.adapter(lora_request)
+        return Request(name, (prompt + completion)[:-1], sampling, scored=completion, adapter=adapter)
+
+    def adapter(self, lora_request: LoRARequest | None) -> Adapter | None:
+        """The adapter that a request asks for, read if need be; None is none.
+
+        Raises:
+            TypeError: something else than a LoRARequest.
+            ValueError, FileNotFoundError: as `AdapterCache.get`; or the engine was made without room for adapters.
+        """
+        if lora_request is None:
+            return None
+        if not isinstance(lora_request, LoRARequest):
+            raise TypeError(f"lora_request must be a hf_paged.LoRARequest, got {_describe(lora_request)}")
+        return self.need_adapters().get(lora_request)
+
+    def need_adapters(self) -> AdapterCache:
+        """The adapters, or a ValueError that says how to get room for some."""
+        if self.adapters is None:
+            raise ValueError(
+                "lora_request needs an engine with room for adapters: wrap(model, enable_lora=True, max_loras=...), "
+                "LLM(..., enable_lora=True) or hf-paged serve --enable-lora"
+            )
+        return self.adapters
 
     def compile_form(self, params: StructuredOutputsParams, stop_token_ids: frozenset[int]) -> Form:
         """What completions must look like, compiled, or found where it was compiled before.

@@ -54,6 +54,8 @@ class StepLoop:
         self.stats = EngineStats()
         self.observers: list[Callable[[StepRecord], None]] = []
         """Called after every step, in the thread that computed it."""
+        self.arrival_observers: list[Callable[[Request], None]] = []
+        """Called with every request that joins the queue, in the thread that queued it."""
         self.request_observers: list[Callable[[Request], None]] = []
         """Called with every request that has ended, in the thread that saw its end."""
         self._requests: dict[str, tuple[Request, Deliver | None]] = {}
@@ -95,6 +97,14 @@ class StepLoop:
         self._shrink()
         return self._launch(retry=True)
 
+    def _launch_all(self) -> None:
+        """Has as many steps on their way as may be."""
+        while len(self._flights) < self.executor.most_in_flight and not (self._flights and self._waits_for_tokens()):
+            flight = self._launch()
+            if flight is None:
+                return
+            self._flights.append(flight)
+
     def _waits_for_tokens(self) -> bool:
         """Whether nothing may be launched before what is in the air has landed."""
         if self._held or (self._flights and self._flights[-1].batch.drafts):
@@ -130,11 +140,17 @@ class StepLoop:
         self._land_flight()
         self.scheduler.recover([request for request, _ in self._requests.values()])
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: _Flight, then: Callable[[], None] | None = None) -> None:
+        """Waits for a step, and tells about the requests that it changed.
+
+        Args:
+            then: what to do before anybody is told.
+        """
         result = flight.land()
         before, self._landed_s = self._landed_s, time.monotonic()
         start = max(flight.start_s, before)
         known = self.stats.generation_tokens
+        verified = self._verify(flight.batch, result) if flight.batch.drafts else []
         touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
@@ -142,8 +158,10 @@ class StepLoop:
             num_seqs = len(flight.batch.decodes) - sum(map(len, flight.batch.drafts.values()))
             tokens = self.stats.generation_tokens - known
             self.speculator.pace.landed(num_seqs, flight.speculates, tokens, self._landed_s - before)
+        if then is not None:
+            then()
         self._report(touched)
-        self._count(flight.batch, start)
+        self._count(flight.batch, start, verified)
 
     def _purge(self) -> None:
         """The model left keys and values that are not numbers. Masked out they would still poison whoever gets their
@@ -179,12 +197,6 @@ class StepLoop:
             for chunk, scores in zip(batch.chunks, result.scores, strict=True):
                 if chunk.sequence.request.scored is not None and self._score(chunk, scores):
                     touched[chunk.sequence.request.request_id] = chunk.sequence.request
-        if result.drafted is not None:
-            unknown = [draft for draft in batch.drafts.values() if draft[0] < 0]
-            for draft, drawn in zip(unknown, result.drafted, strict=True):
-                draft[:] = drawn
-        if batch.drafts:
-            self._verify(batch, result.tokens)
         for place, row in enumerate(batch.sampled()):
             sequence, request = row.origin, row.request
             if sequence.finish_reason is not None:
@@ -206,10 +218,15 @@ class StepLoop:
             self._end(sequence)
         return list(touched.values())
 
-    def _verify(self, batch: Batch, tokens: list[int]) -> None:
+    def _verify(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, int, int]]:
         """Rejects drafted tokens from the first one on that is not what was sampled in its place. What is sampled is
         thus what would have been without drafts, whatever these are: draws depend on a sequence's seed and on the
-        position, and the first token that differs ends it."""
+        position, and the first token that differs ends it. Returns (sequence, tokens drafted, tokens accepted)."""
+        if result.drafted is not None:
+            unknown = [draft for draft in batch.drafts.values() if draft[0] < 0]
+            for place, drawn in enumerate(result.drafted):
+                unknown[place][:] = drawn
+        verified, tokens = [], result.tokens
         for place, row in enumerate(batch.decodes):
             draft = batch.drafts.get(row)
             if draft:
@@ -218,6 +235,8 @@ class StepLoop:
                     accepted += 1
                 self.scheduler.reject(row, len(draft) - accepted)
                 self.speculator.verified(row, len(draft), accepted)
+                verified.append((row, len(draft), accepted))
+        return verified
 
     def _keep_logprobs(self, sequence: Sequence, result: StepResult, place: int) -> None:
         history = sequence.logprobs
@@ -274,7 +293,7 @@ class StepLoop:
                 self._ids.discard(request.request_id)
                 self._held.discard(request.request_id)
                 del self._requests[request.request_id]
-                for observer in self.request_observers:
+                for observer in tuple(self.request_observers):
                     observer(request)
         if self.gate.closed:
             self.gate.notify()
@@ -286,7 +305,7 @@ class StepLoop:
             self._fail(request, error)
             return self.output_processor.output(request, with_text=False)
 
-    def _count(self, batch: Batch, start: float) -> None:
+    def _count(self, batch: Batch, start: float, verified: list[tuple[Sequence, int, int]]) -> None:
         stats = self.stats
         stats.steps += 1
         stats.prompt_tokens += sum(chunk.length for chunk in batch.chunks)
@@ -301,8 +320,10 @@ class StepLoop:
             num_waiting=self.scheduler.num_waiting,
             active_pages=self.scheduler.num_active_pages,
             cached_pages=self.scheduler.tree.num_evictable,
+            drafts=[(*_name(sequence), drafted, accepted) for sequence, drafted, accepted in verified],
+            preempted=[_name(sequence) for sequence in batch.preempted],
         )
-        for observer in self.observers:
+        for observer in tuple(self.observers):  # another thread may be taking one away
             observer(record)
 
     # ---- requests and weights ------------------------------------------------------------------------------------
@@ -320,6 +341,8 @@ class StepLoop:
             self.speculator.begin(request)
             self._requests[request.request_id] = request, deliver
             self.scheduler.add(request)
+            for observer in tuple(self.arrival_observers):
+                observer(request)
 
     def _abort(self, request_ids: list[str]) -> None:
         known = [self._requests[request_id][0] for request_id in request_ids if request_id in self._requests]

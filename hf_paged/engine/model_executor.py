@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
 from hf_paged.engine.executor import Executor, StepResult
 from hf_paged.engine.given_tokens import prompt_logprobs_of, scores_of
 from hf_paged.engine.request import Request, Sequence
+from hf_paged.lora.layers import LoraLayers
+from hf_paged.lora.slots import AdapterSlots
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.exact import why_inexact
 from hf_paged.model.fuse import FusedLinears, find_groups
@@ -36,6 +38,7 @@ from hf_paged.model.introspect import causal_lm, dry_forward, inspect_model, str
 from hf_paged.model.kv_scales import with_measured_scales, with_stored_scales
 from hf_paged.model.linear import LeanLinears
 from hf_paged.model.memory import measure_activations
+from hf_paged.model.mixed_graphs import SIZES as MIXED_SIZES
 from hf_paged.model.mixed_graphs import Kind, MixedGraphs
 from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model, check_prompt
@@ -97,6 +100,8 @@ class ModelExecutor(Executor):
         self._speculation = speculation
         self.drafter: InStepDrafter | None = None
         """A draft model or head, where the configuration names one."""
+        self.adapters: AdapterSlots | None = None
+        """Where adapters by request lie on the device, if there may be any."""
         self.storage: KVStorage | None = None
         self._draft_storage: KVStorage | None = None
         self._asleep = False
@@ -111,7 +116,9 @@ class ModelExecutor(Executor):
         self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu and not config.exact)
         self._fused: FusedLinears | None = None
         try:
-            self._build(on_gpu)
+            # Not every operation of torch goes by its tensors' device.
+            with torch.cuda.device(device) if on_gpu else nullcontext():
+                self._build(on_gpu)
         except BaseException:
             self.close()
             raise
@@ -137,6 +144,8 @@ class ModelExecutor(Executor):
         if config.compile == "layers" or (config.compile is None and on_gpu and not config.exact):
             spread = parallel_of(self._lm) is not None
             self._compiled = CompiledLayers(decoder_layers(self._lm, layout.modules), spread=spread)
+        if config.enable_lora:
+            self.adapters = self._make_slots()
         self._captures = on_gpu and config.cuda_graphs and hasattr(self._backend, "capture_decode")
         if self._captures and (reason := why_uncapturable(self._lm)):
             logger.info("steps run without CUDA graphs: %s", reason)
@@ -145,7 +154,8 @@ class ModelExecutor(Executor):
         activations = 0
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             rows = self.max_num_batched_tokens, self.max_num_seqs
-            activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact)
+            lora = self.adapters.layers if self.adapters is not None else None
+            activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact, lora=lora)
         self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
@@ -158,6 +168,15 @@ class ModelExecutor(Executor):
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
+
+    def _make_slots(self) -> AdapterSlots:
+        config = self._config
+        # A graph's padding counts too.
+        rows = max(self.max_num_batched_tokens, self.max_num_seqs, self.max_verify_rows, MIXED_SIZES[-1])
+        rank = max(16, 1 << (config.max_lora_rank - 1).bit_length())  # what kernels multiply by
+        with torch.inference_mode(False):
+            layers = LoraLayers(self._lm, self.layout.modules, config.max_loras, rank, self.layout.kv_dtype, rows)
+            return AdapterSlots(layers)
 
     def _choose_num_pages(self, activations: int) -> int:
         size, length, sequences = self._page_bytes(), self.max_model_len, self.max_num_seqs
@@ -214,6 +233,7 @@ class ModelExecutor(Executor):
                 compiled=self._compiled,
                 exact=self._config.exact,
                 hidden=self.drafter.hidden if self.drafter is not None else None,
+                lora=self.adapters.layers if self.adapters is not None else None,
             )
             if self.drafter is not None:
                 self._draft_storage = self.drafter.allocate(self.num_pages, self._inputs)
@@ -267,7 +287,8 @@ class ModelExecutor(Executor):
             pool.copy_pages(batch.copies)
         writes = self._inputs.write_pages(batch)
         drafted = self._draft(batch, writes) if self.drafter is not None else None
-        land = self._compute_batch(batch, writes)
+        adapted = self.adapters is not None and self.adapters.place(batch)
+        land = self._compute_batch(batch, writes, adapted)
         if self.drafter is not None:
             self.drafter.after(batch)
         return land if drafted is None else lambda: replace(land(), drafted=drafted())
@@ -300,31 +321,31 @@ class ModelExecutor(Executor):
     def _pools(self) -> list[KVStorage]:
         return [pool for pool in (self.storage, self._draft_storage) if pool is not None]
 
-    def _compute_batch(self, batch: Batch, writes: np.ndarray | None) -> Callable[[], StepResult]:
+    def _compute_batch(self, batch: Batch, writes: np.ndarray | None, adapted: bool) -> Callable[[], StepResult]:
         shared = None
         if self._sharing is not None and not batch.drafts:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
             count, dependent = len(batch.decodes), bool(batch.drafts)
             fits = not batch.chunks and self._graphs.holds(count, dependent) and _all_fused(batch.decodes)
-            if fits and self._prepare_graph(count, shared is not None, dependent):
-                return self._replay(self._graphs, batch, writes, shared)
+            if fits and self._prepare_graph(count, shared is not None, dependent, adapted):
+                return self._replay(self._graphs, batch, writes, shared, adapted)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
         inputs = self._inputs.build(batch, shared)
-        kind = self._mixed_kind(batch, inputs)
+        kind = self._mixed_kind(batch, inputs, adapted)
         if kind is not None:
             return self._replay_mixed(kind, batch, inputs)
-        return self._compute(batch, inputs)
+        return self._compute(batch, inputs, adapted)
 
     def looks_ahead(self, request: Request) -> bool:
         return self._looks_ahead and request.fused
 
-    def _prepare_graph(self, count: int, shares: bool, dependent: bool = False) -> bool:
+    def _prepare_graph(self, count: int, shares: bool, dependent: bool = False, adapted: bool = False) -> bool:
         """Whether there is a graph for so many decodes, which read something together or do not."""
         assert self._graphs is not None
         try:
-            self._graphs.prepare(count, shares, dependent)
+            self._graphs.prepare(count, shares, dependent, adapted)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
             self._graphs.give_up(count, dependent)
@@ -336,13 +357,18 @@ class ModelExecutor(Executor):
         return True
 
     def _replay(
-        self, graphs: DecodeGraphs, batch: Batch, writes: np.ndarray | None, shared: SharedPlan | None
+        self,
+        graphs: DecodeGraphs,
+        batch: Batch,
+        writes: np.ndarray | None,
+        shared: SharedPlan | None,
+        adapted: bool,
     ) -> Callable[[], StepResult]:
         sources = self._inputs.sources(batch)
         self._bring_tokens(graphs, sources)
         assert self._device_sampler is not None
         params, dependent = self._device_sampler.params, bool(batch.drafts)
-        landing = graphs.launch(batch.decodes, sources, params, writes, shared, dependent)
+        landing = graphs.launch(batch.decodes, sources, params, writes, shared, dependent, adapted)
         self._previous = graphs.tokens
         return self._landed(landing, batch.decodes)
 
@@ -359,11 +385,11 @@ class ModelExecutor(Executor):
         graphs.tokens[: len(chosen)] = chosen
         sources[pending] = np.arange(len(chosen))
 
-    def _mixed_kind(self, batch: Batch, inputs: StepInputs) -> Kind | None:
+    def _mixed_kind(self, batch: Batch, inputs: StepInputs, adapted: bool) -> Kind | None:
         """Which graph a step with prefill can run in, if any."""
         if self._mixed is None or not batch.chunks or any(first < end for first, end in inputs.prompt_rows):
             return None
-        kind = self._mixed.kind(batch, inputs)
+        kind = self._mixed.kind(batch, inputs, adapted)
         if kind is None or not _all_fused(batch.sampled()):
             return None
         try:
@@ -380,8 +406,8 @@ class ModelExecutor(Executor):
         self._previous = self._graphs.tokens
         return self._landed(landing, batch.sampled())
 
-    def _compute(self, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
-        logits = self._runner.forward(inputs, self._previous)
+    def _compute(self, batch: Batch, inputs: StepInputs, adapted: bool) -> Callable[[], StepResult]:
+        logits = self._runner.forward(inputs, self._previous, adapted)
         if not self.draws:
             return lambda: StepResult([])
         sequences = batch.sampled()
@@ -402,13 +428,16 @@ class ModelExecutor(Executor):
         if self._graphs is not None:
             with self._in_order():
                 kinds = (False, True) if self._sharing is not None else (False,)
+                adapted = (False, True) if self.adapters is not None else (False,)
+                if self.adapters is not None:
+                    self.adapters.clear_rows()  # the last step's may be more than a graph's
                 sizes = self._graphs.sizes  # larger ones than of all sequences are for drafts
                 needed = sizes[: bisect.bisect_left(sizes, self.max_num_seqs) + 1]
-                for size, shares in itertools.product(needed, kinds):
+                for size, shares, adapts in itertools.product(needed, kinds, adapted):
                     if shares and size == 1:
                         continue  # one row shares nothing
                     if self._graphs is not None and self._graphs.holds(size):
-                        self._prepare_graph(size, shares)
+                        self._prepare_graph(size, shares, adapted=adapts)
 
     # ---- weights and memory --------------------------------------------------------------------------------
 

@@ -172,6 +172,7 @@ class OutputProcessor:
             outputs=[c for c in completions if c is not None],
             finished=finished,
             metrics=request.metrics,
+            lora_request=None if request.adapter is None else request.adapter.request,
             num_cached_tokens=request.num_cached_tokens,
             error=request.error,
         )
@@ -196,6 +197,7 @@ class OutputProcessor:
             logprobs=CompletionLogprobs(sequence.logprobs.since(start), decode) if wants_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            lora_request=None if sequence.request.adapter is None else sequence.request.adapter.request,
             weight_versions=sequence.weight_versions[start:],
         )
 

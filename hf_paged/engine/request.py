@@ -12,6 +12,7 @@ from hf_paged.engine.logprobs import LogprobHistory, TokenLogprobs
 if TYPE_CHECKING:
     from hf_paged.cache.prefix import Node
     from hf_paged.engine.output import SequenceText
+    from hf_paged.lora.adapter import Adapter
     from hf_paged.sampling.structured import Form, FormState
     from hf_paged.sampling_params import SamplingParams
     from hf_paged.speculative.config import SpeculativeConfig
@@ -148,6 +149,7 @@ class Request:
         asked: the parameters as they were given, where they are others than `sampling`: of its samples the best are
             reported.
         form: what its completions must look like, compiled.
+        adapter: what its tokens are computed with, on top of the model; None is the model alone.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Request:
         hooks: Hooks | None = None,
         asked: SamplingParams | None = None,
         form: Form | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -189,6 +192,9 @@ class Request:
         self.speculation = speculation
         self.hooks = hooks
         self.form = form
+        self.adapter = adapter
+        self.adapter_generation = 0 if adapter is None else adapter.generation
+        """Whose keys and values are its own; 0 is the model alone."""
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
@@ -229,6 +235,8 @@ class Request:
         """Prompt tokens found in the prefix tree at first admission."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.error: Exception | None = None
+        self.trace_headers: dict[str, str] = {}
+        """W3C Trace Context of whoever asked: "traceparent", "tracestate"."""
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
 
     @property

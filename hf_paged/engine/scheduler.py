@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 
 from hf_paged.cache.pages import PagePool
-from hf_paged.cache.prefix import Node, PrefixTree
+from hf_paged.cache.prefix import Node, PrefixTree, edge
 from hf_paged.engine.batch import Batch, Chunk, DraftRow, SchedulerStats
 from hf_paged.engine.request import Request, Sequence
 
@@ -37,6 +37,7 @@ class Scheduler:
         max_prompt_logits: tokens of prompts whose logits may be wanted in one step; None is any number.
         micro_batches: steps over which decodes are spread. With more than one, a sequence goes on only from tokens that
             are known, so that others may be computed meanwhile.
+        max_adapters: different adapters that running sequences may have.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         max_prompt_logits: int | None = None,
         micro_batches: int = 1,
+        max_adapters: int = 1,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -61,6 +63,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self.micro_batches = micro_batches
+        self.max_adapters = max_adapters
         self.num_pages = num_pages
         self.stats = SchedulerStats()
         self.running: list[Sequence] = []
@@ -69,6 +72,10 @@ class Scheduler:
         self._num_waiting = 0
         self._arrivals = 0
         self._prefilled = False
+        self._held_back: Sequence | None = None
+        """The first that waits because too many other adapters run."""
+        self._overtaken = 0
+        """Sequences with adapters that were let in before it though they came later."""
         self._configured = max_num_batched_tokens, max_num_seqs
         self._reset_pages(0)
 
@@ -165,6 +172,7 @@ class Scheduler:
         self.running = []
         self._waiting = []
         self._num_waiting = 0
+        self._held_back = None
         self._reset_pages(self.pool.num_touched)
         for request in requests:
             request.reserved = 0
@@ -309,6 +317,7 @@ class Scheduler:
             victim = self.running[-1]
             undisturbed = False
             self._preempt(victim)
+            batch.preempted.append(victim)
             if victim is sequence:
                 return False
         sequence.may_share_tail = False
@@ -339,7 +348,7 @@ class Scheduler:
             return
         size, path, pages = self.page_size, sequence.path, sequence.pages
         for i in range(len(path), min(sequence.num_computed, len(sequence.tokens)) // size):
-            tokens = tuple(sequence.tokens[i * size : (i + 1) * size])
+            tokens = edge(sequence.tokens, i, size, sequence.request.adapter_generation)
             node = self.tree.insert(path[-1] if path else None, tokens, pages[i])
             if node.page != pages[i]:
                 self.pool.release([pages[i]])
@@ -394,8 +403,10 @@ class Scheduler:
         finds the page cached, and the common beginning of many prompts is computed once even if all arrive together.
         """
         in_progress = {key for chunk in batch.chunks if (key := self._page_in_progress(chunk)) is not None}
+        adapters = {s.request.adapter_generation for s in self.running} - {0}
+        held_back: list[tuple[tuple[int, int, int], Sequence]] = []
         put_off: list[tuple[tuple[int, int, int], Sequence]] = []
-        while self._waiting and budget > 0:
+        while self._waiting and budget > 0 and len(held_back) < self.max_num_seqs:
             entry = self._waiting[0]
             sequence = entry[1]
             request = sequence.request
@@ -404,6 +415,12 @@ class Scheduler:
                 continue
             if sequence.num_pending:  # it is computed again from tokens, so these must be known
                 put_off.append(heapq.heappop(self._waiting))
+                continue
+            adapter = request.adapter_generation
+            if adapter and not self._may_join(adapter, adapters, bool(held_back)):
+                held_back.append(heapq.heappop(self._waiting))
+                if len(held_back) == 1 and sequence is not self._held_back:
+                    self._held_back, self._overtaken = sequence, 0
                 continue
             slots = 1 if request.forked else min(len(request.sequences), self.max_num_seqs)
             if len(self._slots) - self._reserved_slots < slots:
@@ -414,8 +431,8 @@ class Scheduler:
             if self.enable_prefix_caching:
                 # What logits are wanted of is always computed; of the last token they always are.
                 most = (total - 1 if first is None else first) // self.page_size
-                path = self.tree.match(sequence.tokens, most)
-                if in_progress and len(path) < most and self._page_key(sequence.tokens, path) in in_progress:
+                path = self.tree.match(sequence.tokens, most, request.adapter_generation)
+                if in_progress and len(path) < most and self._page_key(sequence, path) in in_progress:
                     put_off.append(heapq.heappop(self._waiting))
                     continue
             if first is not None and first <= len(path) * self.page_size and not self._room_for_logits:
@@ -427,13 +444,29 @@ class Scheduler:
             if self.pages_for(total) - len(path) + spare > self.num_available_pages - idle:
                 break
             heapq.heappop(self._waiting)
+            if adapter:
+                adapters.add(adapter)
+                self._overtaken += bool(held_back)
             chunk = self._start(sequence, path, slots, budget)
             budget -= chunk.length
             batch.chunks.append(chunk)
             if (key := self._page_in_progress(chunk)) is not None:
                 in_progress.add(key)
-        for entry in put_off:
+        for entry in put_off + held_back:
             heapq.heappush(self._waiting, entry)
+
+    def _may_join(self, adapter: int, running: set[int], overtakes: bool) -> bool:
+        """Whether a sequence may run beside those of other adapters.
+
+        One that came later may overtake one that is held back, if its own adapter runs already. But room for another
+        adapter comes only when one has nobody running any more, so no more may overtake than run at once.
+
+        Args:
+            overtakes: whether one that came earlier is held back.
+        """
+        if adapter in running:
+            return not overtakes or self._overtaken < self.max_num_seqs
+        return not overtakes and len(running) < self.max_adapters
 
     def _start(self, sequence: Sequence, path: list[Node], slots: int, budget: int) -> Chunk:
         """Gives a waiting sequence a slot, its cached pages and the pages of its first chunk."""
@@ -467,10 +500,10 @@ class Scheduler:
         self._room_for_logits -= max(length - before, 0)
         return length
 
-    def _page_key(self, tokens: list[int], path: list[Node]) -> tuple[int, tuple[int, ...]]:
-        """Names the first page of `tokens` below the cached `path`."""
-        start = len(path) * self.page_size
-        return id(path[-1]) if path else 0, tuple(tokens[start : start + self.page_size])
+    def _page_key(self, sequence: Sequence, path: list[Node]) -> tuple[int, tuple[int, ...]]:
+        """Names a sequence's first page below the cached `path`."""
+        adapter = sequence.request.adapter_generation
+        return id(path[-1]) if path else 0, edge(sequence.tokens, len(path), self.page_size, adapter)
 
     def _page_in_progress(self, chunk: Chunk) -> tuple[int, tuple[int, ...]] | None:
         """The next page that a prefilling sequence will put in the prefix tree; None when it will put none."""
@@ -479,7 +512,7 @@ class Scheduler:
             return None
         if (len(sequence.path) + 1) * self.page_size > len(sequence.tokens):
             return None
-        return self._page_key(sequence.tokens, sequence.path)
+        return self._page_key(sequence, sequence.path)
 
     def _chunk(self, sequence: Sequence, start: int, length: int) -> Chunk:
         samples = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,24 @@ class StepRecord:
     """Pages that running sequences hold."""
     cached_pages: int
     """Pages that only the prefix cache holds."""
+    drafts: list[tuple[str, int, int, int]] = field(default_factory=list)
+    """(request id, sample index, tokens drafted, tokens accepted) of each draft that was verified."""
+    preempted: list[tuple[str, int]] = field(default_factory=list)
+    """(request id, sample index) of those that went back to the queue when the step was scheduled."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do at one moment, and room for."""
+
+    running: int
+    """Sequences that hold pages."""
+    waiting: int
+    """Sequences that do not yet, or not at present."""
+    active_pages: int
+    """Pages that running sequences hold."""
+    num_pages: int
+    max_num_seqs: int
 
 
 @dataclass(slots=True)

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hf_paged.config import EngineConfig
-from hf_paged.distributed.groups import check_expert_parallel
+from hf_paged.distributed.groups import check_expert_parallel, join
 from hf_paged.distributed.launch import Ranks, load_on_ranks
 from hf_paged.quantization.load import load
 from hf_paged.wrap import wrap
+
+if TYPE_CHECKING:
+    from hf_paged.llm.replicas import ReplicatedModel
 
 logger = logging.getLogger(__name__)
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "swap_space": (),
     "disable_log_stats": (),
-    "max_loras": (),
-    "max_lora_rank": (),
-    "max_cpu_loras": (),
+    "fully_sharded_loras": (False, None),
+    "lora_dtype": (None, "auto"),
+    "lora_extra_vocab_size": (),
+    "enable_lora_bias": (False, None),
+    "default_mm_loras": (None,),
     "compilation_config": (),
     "max_seq_len_to_capture": (),
     "distributed_executor_backend": (),
@@ -48,7 +55,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "runner": (None, "auto", "generate"),
     "convert": (None, "auto", "none"),
     "cpu_offload_gb": (0, None),
-    "enable_lora": (False, None),
     "limit_mm_per_prompt": (None,),
     "mm_processor_kwargs": (None,),
     "allowed_local_media_path": (None, ""),
@@ -60,12 +66,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "disable_async_output_proc": (),
     "guided_decoding_backend": (),
     "structured_outputs_config": (),
+    "data_parallel_backend": ("mp", None),
+    "data_parallel_rank": (None,),
+    "data_parallel_size_local": (None,),
+    "data_parallel_address": (None,),
+    "data_parallel_rpc_port": (),
 }
 """vLLM's arguments that have nothing to set here, with the values that can be had; () is any."""
 
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-MISSING = PARALLEL[2:]
-"""Those that this version does not have."""
 
 
 @dataclass
@@ -115,6 +124,7 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    """Replicas, each of which has an engine and, with `tensor_parallel_size`, so many GPUs."""
     enable_expert_parallel: bool = False
     """The ranks of `tensor_parallel_size` hold whole experts of a mixture each, not a part of every one."""
     engine: dict[str, Any] = field(default_factory=dict)
@@ -183,8 +193,12 @@ class EngineArgs:
             raise ValueError('kv_cache_dtype must be "auto" (the model\'s own) or "fp8"')
         return EngineConfig().with_changes(**changes, **engine)
 
-    def load(self) -> tuple[Any, Ranks | None]:
-        """The model, wrapped, and where it is spread over processes of its own, what stops these.
+    def load(self, worker_extension_cls: type | str | None = None) -> tuple[Any, Ranks | ReplicatedModel | None]:
+        """The model, wrapped, and where it is spread over processes of its own, what stops these. With
+        `data_parallel_size` what stands for it: a `ReplicatedModel`.
+
+        Args:
+            worker_extension_cls: of the replicas' workers, where there are any.
 
         Raises:
             FileNotFoundError, ValueError, UnsupportedModelError: as `hf_paged.load` and `hf_paged.wrap`.
@@ -197,11 +211,21 @@ class EngineArgs:
             if given or self.dtype != "auto":
                 raise ValueError(f"the model is loaded already: {(given or ['dtype'])[0]} has nothing to act on")
             return wrap(self.model, config, tokenizer=self._load_tokenizer()), None
+        if self.data_parallel_size > 1 and "RANK" not in os.environ:
+            from hf_paged.llm.replicas import load_replicas
+
+            replicated = load_replicas(self, worker_extension_cls)
+            return replicated, replicated
         dtype = {"auto": None, "half": "float16", "float": "float32"}.get(self.dtype, self.dtype)
         common: dict[str, Any] = {
             "config": config, "tokenizer": self._load_tokenizer(), "revision": self.revision, "token": self.hf_token,
         }  # fmt: skip
         quantization, trusted = self.quantization or "auto", self.trust_remote_code
+        device = self.device
+        if self.data_parallel_size > 1:
+            _check_world(self)
+            if self.tensor_parallel_size * self.pipeline_parallel_size == 1:
+                device = join(1, device).device
         if self.tensor_parallel_size * self.pipeline_parallel_size > 1:
             options = dict(self.hf_overrides or {}) | ({"trust_remote_code": True} if trusted else {})
             return load_on_ranks(
@@ -210,7 +234,7 @@ class EngineArgs:
                 enable_expert_parallel=self.enable_expert_parallel, **common,
             )  # fmt: skip
         model = load(
-            self.model, dtype, quantization, self.device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
+            self.model, dtype, quantization, device, trust_remote_code=trusted, hf_overrides=self.hf_overrides,
             **common,
         )  # fmt: skip
         return model, None
@@ -235,18 +259,28 @@ class EngineArgs:
         )
 
 
+def _check_world(args: EngineArgs) -> None:
+    world, wanted = int(os.environ.get("WORLD_SIZE", 1)), math.prod(getattr(args, name) for name in PARALLEL)
+    if world != wanted:
+        raise ValueError(
+            f"data_parallel_size={args.data_parallel_size} replicas of {wanted // args.data_parallel_size} processes "
+            f"need {wanted}, and {world} were started: run torchrun with --nproc-per-node {wanted}"
+        )
+
+
 def check_parallel(args: EngineArgs) -> None:
     """Raises ValueError for sizes that make no sense, and for what there is not."""
     for name in PARALLEL:
         size = getattr(args, name)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if size > 1 and name in MISSING:
-            raise ValueError(
-                f"{name}={size}: this version spreads a model by tensor_parallel_size and pipeline_parallel_size "
-                "alone; set it to 1"
-            )
     check_expert_parallel(args.enable_expert_parallel, args.tensor_parallel_size)
+    spread = {name: getattr(args, name) for name in PARALLEL if getattr(args, name) > 1}
+    if spread and args.engine.get("enable_lora"):
+        sizes = ", ".join(f"{name}={size}" for name, size in spread.items())
+        raise ValueError(
+            f"adapters by request (enable_lora) are not served by a model that is spread ({sizes}): leave one out"
+        )
 
 
 def _say_unused(name: str, value: Any) -> None:

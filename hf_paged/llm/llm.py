@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 from hf_paged import many
 from hf_paged.chat import load_chat_template, render_chat
+from hf_paged.distributed.replicated import ReplicatedEngine
+from hf_paged.distributed.spread import generate_spread
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Prompt
 from hf_paged.engine.request import Request
 from hf_paged.llm.arguments import EngineArgs
 from hf_paged.llm.beam_search import BeamSearchOutput, beam_search
-from hf_paged.llm.worker import make_worker
+from hf_paged.llm.replicas import ReplicatedModel
+from hf_paged.llm.worker import call_with_model, call_worker, make_worker
 from hf_paged.model.introspect import causal_lm
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -49,21 +53,25 @@ class LLM:
     ) -> None:
         self.args = EngineArgs.parse(model, options)
         self._chat_template = load_chat_template(self.args.chat_template)
-        self.model, self._ranks = self.args.load()
-        """The transformers model, wrapped."""
+        self.model, self._ranks = self.args.load(worker_extension_cls)
+        """The transformers model, wrapped; with `data_parallel_size` what stands for its replicas."""
         self.engine  # noqa: B018 - made now: what is wrong with it should be said here
-        self._worker = make_worker(self.model, worker_extension_cls)
+        self._worker = None if self._replicated else make_worker(self.model, worker_extension_cls)
         self._queued: list[Request] = []
         self._queue_lock = threading.Lock()
         self._profile_folder = Path((profiler_config or {}).get("torch_profiler_dir", "hf_paged_profile"))
         self._profile: Any = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ReplicatedEngine:
         return self.model.engine
 
     @property
-    def llm_engine(self) -> Engine:
+    def _replicated(self) -> bool:
+        return isinstance(self.model, ReplicatedModel)
+
+    @property
+    def llm_engine(self) -> Engine | ReplicatedEngine:
         """vLLM's name for it."""
         return self.engine
 
@@ -74,7 +82,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         priority: Sequence[int] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -85,6 +93,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; one, or a list of them.
             sampling_params: one for all, or a list with one per prompt; None is `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
+            lora_request: an adapter for all, or a list with one, or None, per prompt; needs `enable_lora=True`.
             priority: one per prompt; lower runs earlier.
             prompt_token_ids: the older way to give token ids.
 
@@ -92,17 +101,17 @@ class LLM:
             one output per prompt, in their order.
 
         Raises:
-            ValueError, TypeError: a bad prompt or parameter, before any work starts.
+            ValueError, TypeError, FileNotFoundError: a bad prompt, parameter or adapter, before any work starts.
         """
         requests = self._requests(_given(prompts, prompt_token_ids), sampling_params, lora_request, priority)
-        return many.generate_many(self.engine, requests, bool(use_tqdm))
+        return self._run(requests, bool(use_tqdm))
 
     def chat(
         self,
         messages: Sequence[Any],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
@@ -151,7 +160,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -160,7 +169,12 @@ class LLM:
         Raises:
             ValueError, TypeError: a bad prompt or parameter, before any work starts.
         """
-        _refuse_lora(lora_request)
+        if any(one is not None for one in (lora_request if isinstance(lora_request, list) else [lora_request])):
+            raise ValueError(
+                "beam_search runs through transformers' own loop, which has no adapters by request: leave lora_request "
+                "out, or use a model that the adapter is merged into"
+            )
+        self._need_model("beam_search()")
         return beam_search(causal_lm(self.model), self.engine.intake, _given(prompts, None), params)
 
     def enqueue(
@@ -168,7 +182,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: many.Lora = None,
         priority: Sequence[int] | None = None,
     ) -> list[str]:
         """Takes prompts as `generate` does, for `wait_for_completion`. Returns their requests' ids."""
@@ -181,19 +195,24 @@ class LLM:
         """The outputs of what was enqueued, in that order."""
         with self._queue_lock:
             requests, self._queued = self._queued, []
-        return many.generate_many(self.engine, requests, bool(use_tqdm))
+        return self._run(requests, bool(use_tqdm))
+
+    def _run(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
+        if isinstance(self.engine, Engine) and self.args.data_parallel_size > 1:  # under torchrun
+            return generate_spread(self.model, self.engine, requests, progress)
+        return many.generate_many(self.engine, requests, progress)
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: Params, lora_request: None, priority: Sequence[int] | None
+        self, prompts: Sequence[Prompt], params: Params, lora_request: many.Lora, priority: Sequence[int] | None
     ) -> list[Request]:
-        _refuse_lora(lora_request)
         given = params if params is not None else self.get_default_sampling_params()
         if priority is not None:
             each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
             if len(priority) != len(prompts) or len(each) != len(prompts):
                 raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
             given = [one.clone(priority=value) for one, value in zip(each, priority, strict=True)]
-        return many.make_requests(self.engine, causal_lm(self.model), prompts, given, RequestOutputKind.FINAL_ONLY)
+        lm = causal_lm(self.model)
+        return many.make_requests(self.engine, lm, prompts, given, RequestOutputKind.FINAL_ONLY, lora_request)
 
     # ---- what it is ----------------------------------------------------------------------------------------
 
@@ -207,7 +226,8 @@ class LLM:
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Another tokenizer, for requests from here on."""
-        self.model._state().tokenizer = tokenizer
+        if not self._replicated:
+            self.model._state().tokenizer = tokenizer
         self.engine.set_tokenizer(tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -255,17 +275,22 @@ class LLM:
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
         """Calls a method of the worker (see `worker_extension_cls`), or a function with it for its first argument.
-        There is one worker, in this process, so the list has one result.
+        There is one worker, in this process, so the list has one result; with `data_parallel_size` there is one per
+        replica. What goes there and comes from there must then be picklable.
 
         Raises:
             AttributeError: no such method.
+            TimeoutError: replicas have not answered within `timeout` seconds.
         """
-        if isinstance(method, str):
-            return [getattr(self._worker, method)(*args, **(kwargs or {}))]
-        return [method(self._worker, *args, **(kwargs or {}))]
+        work = functools.partial(call_worker, method, args, kwargs or {})
+        if isinstance(self.engine, ReplicatedEngine):
+            return [answer for _, answer in self.engine.call(work, timeout)]
+        return [work(self._worker)]
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        """`[func(model)]`. Weights that it changes are noticed."""
+        """`[func(model)]`, with `data_parallel_size` one result per replica. Weights that it changes are noticed."""
+        if isinstance(self.engine, ReplicatedEngine):
+            return [answer for _, answer in self.engine.call(functools.partial(call_with_model, func))]
         return [func(self.model)]
 
     def start_profile(self) -> None:
@@ -273,7 +298,9 @@ class LLM:
 
         Raises:
             RuntimeError: one is under way.
+            ValueError: the model is not in this process.
         """
+        self._need_model("start_profile()")
         if self._profile is not None:
             raise RuntimeError("a profile is being taken already: call stop_profile() first")
         import torch.profiler
@@ -296,6 +323,13 @@ class LLM:
         file = self._profile_folder / f"trace-{number}.json"
         profile.export_chrome_trace(str(file))
         return file
+
+    def _need_model(self, what: str) -> None:
+        if self._replicated:
+            raise ValueError(
+                f"{what} needs the model in this process, and with data_parallel_size="
+                f"{self.args.data_parallel_size} it is in those of its replicas: leave data_parallel_size out"
+            )
 
     # ---- what it does not do -------------------------------------------------------------------------------
 
@@ -346,11 +380,6 @@ def _given(prompts: Any, prompt_token_ids: Any) -> list[Prompt]:
     if prompts and all(isinstance(prompt, dict) and "role" in prompt for prompt in prompts):
         raise TypeError("a list of messages is a chat: call chat() for it")
     return prompts
-
-
-def _refuse_lora(lora_request: Any) -> None:
-    if lora_request is not None:
-        raise ValueError("lora_request: adapters per request are not served. Load the adapter with PEFT and wrap that.")
 
 
 def _not_generation(name: str, instead: str = "") -> NotImplementedError:

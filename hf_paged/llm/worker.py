@@ -1,7 +1,8 @@
-"""What `LLM.collective_rpc` calls: the one worker that there is, which is this process."""
+"""What `LLM.collective_rpc` calls: the worker of this process, or one in each of several replicas."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hf_paged.engine.engine import Engine
@@ -18,6 +19,8 @@ class Worker:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.metrics: Any = None
+        """What counts for a server, where this is a replica's worker."""
 
     @property
     def model(self) -> Any:
@@ -59,3 +62,14 @@ def make_worker(model: Any, extension: type | str | None) -> Worker:
     if not isinstance(extension, type):
         raise ValueError(f"worker_extension_cls must be a class, got {extension!r}")
     return type("Worker", (Worker, extension), {})(model)
+
+
+def call_worker(method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], worker: Any) -> Any:
+    """A worker's method, or a function with the worker for its first argument."""
+    if isinstance(method, str):
+        return getattr(worker, method)(*args, **kwargs)
+    return method(worker, *args, **kwargs)
+
+
+def call_with_model(function: Callable[[Any], Any], worker: Any) -> Any:
+    return function(worker.model)

@@ -56,6 +56,8 @@ class Kind(NamedTuple):
     """With a plan of what rows share."""
     dependent: bool
     """With rows that read what others write."""
+    adapted: bool
+    """With rows that have adapters."""
 
 
 Attention = TypeVar("Attention")
@@ -222,18 +224,19 @@ class DecodeGraphs:
         device = (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
         self._write_table(device[:-1], device[-1:], self.block_table)
 
-    def prepare(self, count: int, shares: bool = False, dependent: bool = False) -> None:
+    def prepare(self, count: int, shares: bool = False, dependent: bool = False, adapted: bool = False) -> None:
         """Captures the graph for so many rows, if that has not been done.
 
         Args:
             shares: the one for steps with a plan of what rows share.
             dependent: the one for steps with rows that read what others write.
+            adapted: the one for steps with rows that have adapters.
 
         Raises:
             CaptureFailed: see there.
             torch.OutOfMemoryError: there is no room for it.
         """
-        kind = Kind(self._size(count, dependent), shares, dependent)
+        kind = Kind(self._size(count, dependent), shares, dependent, adapted)
         if kind not in self._captured:
             self._captured[kind] = self._capture(kind)
 
@@ -245,6 +248,7 @@ class DecodeGraphs:
         writes: np.ndarray | None,
         shared: SharedPlan | None = None,
         dependent: bool = False,
+        adapted: bool = False,
     ) -> Landing:
         """Enqueues one step of decodes, whose graph was prepared.
 
@@ -253,12 +257,13 @@ class DecodeGraphs:
             writes: changes of the block table that come before the step, as in `write_pages`.
             shared: what the rows share.
             dependent: whether rows read what others write.
+            adapted: whether rows have adapters.
 
         Returns:
             the tokens to come; they are overwritten `in_flight` launches later.
         """
         size = self._size(len(sequences), dependent)
-        captured = self._captured[Kind(size, shared is not None, dependent)]
+        captured = self._captured[Kind(size, shared is not None, dependent, adapted)]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
         fill_parameters(arrays, sequences, params)
@@ -367,10 +372,10 @@ class DecodeGraphs:
             attention = self._backend.capture_decode(buffers, self._runner.layout.layers)
             attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
             try:
-                self._step(size, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
+                self._step(kind, buffers, attention)  # compiles what is not compiled yet; padding writes nothing
             finally:
                 self.tokens.copy_(tokens)  # the next step may wait for them
-            replay = self.recorder.record(lambda: self._step(size, buffers, attention))
+            replay = self.recorder.record(lambda: self._step(kind, buffers, attention))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -393,7 +398,8 @@ class DecodeGraphs:
             dependent=kind.dependent,
         )
 
-    def _step(self, size: int, buffers: DecodeBuffers, attention: CapturedDecode) -> None:
+    def _step(self, kind: Kind, buffers: DecodeBuffers, attention: CapturedDecode) -> None:
+        size = kind.size
         device, results = self._inputs.device, self.outputs.device
         self._write_table(device["writes"], device["num_writes"], self.block_table)
         self._prepare(
@@ -410,7 +416,8 @@ class DecodeGraphs:
             write_rows=buffers.write_rows,
             page_indices=self._page_indices,
         )
-        logits = self._runner.compute(self._input_ids[:size], self._positions[:size], attention.run)
+        ids, positions = self._input_ids[:size], self._positions[:size]
+        logits = self._runner.compute(ids, positions, attention.run, adapted=kind.adapted)
         self.sample(
             logits,
             sampling_rows(device, size),

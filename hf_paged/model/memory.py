@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
+from hf_paged.lora.layers import LoraLayers
 from hf_paged.model.introspect import ModelLayout
 from hf_paged.model.runner import ModelRunner
 
@@ -22,16 +23,18 @@ def measure_activations(
     num_rows: int,
     *,
     exact: bool = False,
+    lora: LoraLayers | None = None,
 ) -> int:
     """Bytes of GPU memory that the largest step takes at its peak: it is computed once, attending to nothing.
 
     Args:
         num_tokens: rows of the step.
         num_rows: of these, rows whose logits are wanted.
+        lora: places for adapters, if there are any: then the step has some.
     """
     device = layout.device
     storage = KVStorage(layout.layers, 1, 1, dtype=layout.kv_dtype, device=device, layout=backend.layout)
-    runner = ModelRunner(model, layout, backend, storage, exact=exact)
+    runner = ModelRunner(model, layout, backend, storage, exact=exact, lora=lora)
 
     def attend(
         layer: LayerSpec,
@@ -49,7 +52,8 @@ def measure_activations(
     before = torch.cuda.memory_allocated(device)
     ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     positions = torch.arange(num_tokens, device=device) % layout.max_model_len
-    runner.compute(ids, positions, attend, torch.arange(min(num_rows, num_tokens), device=device))
+    rows = torch.arange(min(num_rows, num_tokens), device=device)
+    runner.compute(ids, positions, attend, rows, adapted=lora is not None)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

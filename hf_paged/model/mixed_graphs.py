@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,20 @@ SPARE_SPANS = 2
 ENOUGH_FLOPS = 15e12
 """About 30 ms of work: a step of more than that hides what it costs the host."""
 
-Kind = tuple[int, int]
-"""Tokens and sampled rows that a graph has room for."""
+
+class Kind(NamedTuple):
+    """Of steps with prefill: each has a graph of its own."""
+
+    tokens: int
+    sampled: int
+    """Rows that are sampled, at most."""
+    adapted: bool
+    """With rows that have adapters."""
+
+    @property
+    def decodes(self) -> int:
+        """At most."""
+        return min(self.tokens, self.sampled)
 
 
 class MixedGraphs:
@@ -70,14 +83,18 @@ class MixedGraphs:
         self._seen: set[Kind] = set()
         self._captured: dict[Kind, Captured[CapturedMixed]] = {}
 
-    def kind(self, batch: Batch, inputs: StepInputs) -> Kind | None:
-        """Which graph would do for a step, captured or not; None where none would."""
+    def kind(self, batch: Batch, inputs: StepInputs, adapted: bool = False) -> Kind | None:
+        """Which graph would do for a step, captured or not; None where none would.
+
+        Args:
+            adapted: whether rows have adapters.
+        """
         tokens, sampled = len(inputs.token_ids), len(inputs.sample_rows)
         silent = sum(not chunk.samples for chunk in batch.chunks)
         if tokens > self.sizes[-1] or not 0 < sampled <= self._sampled[-1] or silent > SPARE_SPANS:
             return None
         place = bisect.bisect_left(self._sampled, sampled)
-        return self.sizes[bisect.bisect_left(self.sizes, tokens)], self._sampled[place]
+        return Kind(self.sizes[bisect.bisect_left(self.sizes, tokens)], self._sampled[place], adapted)
 
     def prepare(self, kind: Kind) -> bool:
         """Whether there is a graph of a kind; captures it when it is asked for the second time.
@@ -102,7 +119,7 @@ class MixedGraphs:
         Returns:
             the tokens to come; they are overwritten two launches later.
         """
-        room = kind[1]
+        room = kind.sampled
         arrays = self._inputs.next()
         sampled = batch.sampled()
         self._fill(arrays, batch, inputs, kind)
@@ -122,7 +139,7 @@ class MixedGraphs:
 
     def _fill(self, arrays: dict[str, np.ndarray], batch: Batch, inputs: StepInputs, kind: Kind) -> None:
         """Everything but the sampling parameters."""
-        size, room = kind
+        size, room, _ = kind
         tokens, decodes, attention = len(inputs.token_ids), len(batch.decodes), inputs.attention
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:size] = inputs.token_ids, 0
         arrays["positions"][:tokens], arrays["positions"][tokens:size] = inputs.positions, 0
@@ -138,8 +155,8 @@ class MixedGraphs:
 
     def _capture(self, kind: Kind) -> Captured[CapturedMixed]:
         start = time.monotonic()
-        size, room = kind
-        device, decodes = self._inputs.device, min(kind)
+        size, room, _ = kind
+        device, decodes = self._inputs.device, kind.decodes
         for name in ("token_ids", "positions", "lengths", "sample_rows"):
             device[name].zero_()
         for name in ("write_rows", "sources"):
@@ -171,13 +188,14 @@ class MixedGraphs:
         return Captured(replay, attention)
 
     def _step(self, kind: Kind, attention: CapturedMixed) -> None:
-        size, room = kind
+        size, room, adapted = kind
         device, results = self._inputs.device, self._decode.outputs.device
         ids = self._input_ids[:size]
         ids.copy_(device["token_ids"][:size])
-        known, sources = ids[: min(kind)], device["sources"][: min(kind)]
+        known, sources = ids[: kind.decodes], device["sources"][: kind.decodes]
         # A token of -1 is one that could not be sampled; its sequence ends when that is seen.
         known.copy_(torch.where(sources < 0, known, results["tokens"][sources.clamp(min=0)].clamp(min=0)))
-        logits = self._runner.compute(ids, device["positions"][:size], attention.run, device["sample_rows"][:room])
+        positions, wanted = device["positions"][:size], device["sample_rows"][:room]
+        logits = self._runner.compute(ids, positions, attention.run, wanted, adapted)
         rows = sampling_rows(device, room)
         self._decode.sample(logits, rows, **{name: result[:room] for name, result in results.items()})

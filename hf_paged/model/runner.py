@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_paged.attention import interface, opaque
 from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
+from hf_paged.lora.layers import LoraLayers
 from hf_paged.model.compile import CompiledLayers
 from hf_paged.model.cpu import fast_linear
 from hf_paged.model.exact import exact_arithmetic
@@ -112,6 +113,7 @@ class ModelRunner:
         compiled: layers to run compiled. Should compiling fail they run as they are, with a logged reason.
         exact: compute within `exact_arithmetic`; then the three above must be None.
         hidden: layers' outputs to keep for others.
+        lora: adapters' places beside linear layers, for forwards that have any.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class ModelRunner:
         compiled: CompiledLayers | None = None,
         exact: bool = False,
         hidden: HiddenStates | None = None,
+        lora: LoraLayers | None = None,
     ) -> None:
         self.lm = causal_lm(model)
         self.layout = layout
@@ -135,6 +138,7 @@ class ModelRunner:
         self.compiled = compiled
         self._exact = exact
         self._hidden = hidden
+        self._lora = lora
         self._step = _Step()
         self._configs = interface.attention_configs(self.lm)
         self._layers = [
@@ -152,11 +156,12 @@ class ModelRunner:
         for layer in self._layers:
             del layer.key_pool, layer.value_pool
 
-    def forward(self, inputs: StepInputs, previous: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: StepInputs, previous: Tensor | None = None, adapted: bool = False) -> Tensor:
         """Computes one step from the host's arrays.
 
         Args:
             previous: int64 [S], the tokens that the step before sampled, where `inputs.sources` refers to them.
+            adapted: whether some rows have adapters.
 
         Returns:
             logits `[R, V]` of `inputs.logit_rows`, in the model's dtype.
@@ -174,30 +179,41 @@ class ModelRunner:
             self.upload(inputs.positions),
             functools.partial(self.backend.run, plan),
             self.upload(inputs.logit_rows),
+            adapted,
         )
 
     @torch.no_grad()
-    def compute(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def compute(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
+        adapted: bool = False,
+    ) -> Tensor:
         """Computes one packed forward of T rows, whose attention is `attend`.
 
         Args:
             token_ids, positions: int64 `[T]`.
             rows: int64 `[R]`, the rows whose logits are wanted; None is all.
+            adapted: whether some rows have adapters: a program of its own, so that others need not look.
 
         Returns:
             logits `[R, V]`, in the model's dtype.
         """
         if self.compiled is not None:
             try:
-                return self._compute(token_ids, positions, attend, rows)
+                return self._compute(token_ids, positions, attend, rows, adapted)
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError) or not _is_compilers(error):
                     raise
                 logger.warning("the model's layers run uncompiled: compiling failed (%s)", first_line(error))
                 self.compiled = None
-        return self._compute(token_ids, positions, attend, rows)
+        return self._compute(token_ids, positions, attend, rows, adapted)
 
-    def _compute(self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+    def _compute(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None, adapted: bool
+    ) -> Tensor:
         takes_rows = self.layout.takes_logits_to_keep
         options: dict[str, Any] = {"logits_to_keep": 0 if rows is None else rows} if takes_rows else {}
         self._step.attend, self._step.calls = attend, 0
@@ -214,6 +230,9 @@ class ModelRunner:
                     stack.enter_context(self.fused.installed())
                 if self.lean is not None:
                     stack.enter_context(self.lean.installed())
+                if adapted:
+                    assert self._lora is not None
+                    stack.enter_context(self._lora.installed())  # around what the others put there
                 if self.compiled is not None:
                     stack.enter_context(self._pools_on_modules())
                     stack.enter_context(self.compiled.installed())

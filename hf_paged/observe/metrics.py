@@ -30,6 +30,7 @@ class Histogram:
     name: str
     help: str
     bounds: tuple[float, ...]
+    labels: tuple[tuple[str, str], ...] = ()
     counts: list[int] = field(default_factory=list)
     sum: float = 0.0
 

@@ -150,7 +150,9 @@ class SuffixDrafter:
     def _key(self, request: Request) -> bytes:
         key = self._keys.get(request)
         if key is None:
-            key = self._keys[request] = RolloutHistory.key(request.prompt_token_ids)
+            # With an adapter it goes on otherwise; no token is negative.
+            adapter = [] if request.adapter is None else [-1 - request.adapter.request.lora_int_id % (1 << 31)]
+            key = self._keys[request] = RolloutHistory.key(request.prompt_token_ids + adapter)
         return key
 
 

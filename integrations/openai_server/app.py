@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,25 +15,36 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 
 import hf_paged
+from hf_paged.distributed.replicated import ReplicatedEngine
 from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.integrations.openai_server.chat import create_chat_completion, render
 from hf_paged.integrations.openai_server.completions import create_completion
 from hf_paged.integrations.openai_server.errors import ApiError, add_handlers
-from hf_paged.integrations.openai_server.events import Disconnected
+from hf_paged.integrations.openai_server.events import Disconnected, EventStream
 from hf_paged.integrations.openai_server.guard import LimitBody, LimitQueue, RequireKey
+from hf_paged.integrations.openai_server.live import Feed, live_page
 from hf_paged.integrations.openai_server.openapi import describe
 from hf_paged.integrations.openai_server.options import ServerOptions
+from hf_paged.integrations.openai_server.profile import Profiler, add_profile
 from hf_paged.integrations.openai_server.prometheus import exposition
 from hf_paged.integrations.openai_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadLoraRequest,
     ResponsesRequest,
     TokenizeRequest,
+    UnloadLoraRequest,
 )
 from hf_paged.integrations.openai_server.responses import create_response
 from hf_paged.integrations.openai_server.serving import Serving
+from hf_paged.lora.request import LoRARequest
+from hf_paged.observe.logs import RequestLog, StatsLog
 from hf_paged.observe.metrics import EngineMetrics
+from hf_paged.observe.replicas import ReplicaMetrics, metrics_of
+from hf_paged.observe.spans import RequestSpans, otlp_provider
+
+logger = logging.getLogger(__name__)
 
 
 def make_app(
@@ -48,15 +62,27 @@ def make_app(
     names = options.served_model_name or [name or getattr(model.config, "_name_or_path", "") or "model"]
     async_engine = AsyncEngine(model.engine)
     serving = Serving(async_engine, names, options, defaults or {})
-    metrics = EngineMetrics(model.engine)
+    metrics = metrics_of(model.engine)
+    if isinstance(model.engine, ReplicatedEngine):
+        options = _without_steps(options)
+
+    profiler = Profiler(model.engine, Path(options.profile_dir)) if options.profile_dir is not None else None
+    spans = otlp_provider(options.otlp_traces_endpoint) if options.otlp_traces_endpoint is not None else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with async_engine:
-            try:
-                yield
-            finally:
-                metrics.close()
+        async with AsyncExitStack() as stack:
+            stack.callback(metrics.close)
+            if spans is not None:
+                stack.callback(RequestSpans(model.engine, spans, names[0]).close)
+            if not options.disable_log_requests:
+                stack.callback(RequestLog(model.engine, names[0]).close)
+            if not options.disable_log_stats:
+                stack.callback(StatsLog(model.engine).close)
+            if profiler is not None:
+                stack.callback(profiler.close)
+            await stack.enter_async_context(async_engine)
+            yield
 
     app = FastAPI(title="hf_paged", version=hf_paged.__version__, lifespan=lifespan, root_path=options.root_path)
     app.state.serving = serving
@@ -77,9 +103,27 @@ def make_app(
     )
     _add_generation(app, serving)
     _add_tokens(app, serving)
+    _add_adapters(app, serving)
     _add_probes(app, serving, metrics)
+    if profiler is not None:
+        add_profile(app, profiler)
+    if not options.disable_live_page:
+        _add_live_page(app, serving)
     describe(app, needs_key=bool(keys))
     return app
+
+
+def _without_steps(options: ServerOptions) -> ServerOptions:
+    """What can be had of replicas, whose steps and requests are looked at in their own processes.
+
+    Raises:
+        ValueError: something was asked for that cannot.
+    """
+    for name in ("profile_dir", "otlp_traces_endpoint"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is for one replica: leave it or data_parallel_size out")
+    logger.info("with replicas there is no live page and no log of requests and steps; /metrics has all of them")
+    return replace(options, disable_live_page=True, disable_log_requests=True, disable_log_stats=True)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -125,18 +169,36 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         return {"prompt": tokenizer.decode(body.tokens)}
 
 
-def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
+def _add_adapters(app: FastAPI, serving: Serving) -> None:
+    def allowed() -> None:
+        if not serving.options.allow_runtime_lora:
+            raise ApiError(404, "adapters are loaded and unloaded at servers with --enable-lora --allow-runtime-lora")
+
+    @app.post("/v1/load_lora_adapter")
+    def load_adapter(body: LoadLoraRequest) -> Response:
+        allowed()
+        return PlainTextResponse(serving.adapters.load(body, serving.names))
+
+    @app.post("/v1/unload_lora_adapter")
+    def unload_adapter(body: UnloadLoraRequest) -> Response:
+        allowed()
+        return PlainTextResponse(serving.adapters.unload(body))
+
+
+def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | ReplicaMetrics) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(serving, name) for name in serving.names]}
+        cards = [_card(serving, name) for name in serving.names]
+        cards += [_card(serving, adapter.lora_name, adapter) for adapter in serving.adapters.all()]
+        return {"object": "list", "data": cards}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return _card(serving, serving.check_model(name))
+        return _card(serving, name, serving.adapter(name))
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        return Response(status_code=200)
+        return Response(status_code=200 if serving.engine.engine.healthy else 503)
 
     @app.get("/ping", response_class=Response)
     @app.post("/ping", response_class=Response)
@@ -157,13 +219,27 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics) -> None:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _card(serving: Serving, name: str) -> dict[str, Any]:
+def _add_live_page(app: FastAPI, serving: Serving) -> None:
+    page = live_page()
+    about = {"model": serving.names[0], "version": hf_paged.__version__}
+    app.state.feed = feed = Feed(serving.engine.engine, about)
+
+    @app.get("/", include_in_schema=False)
+    async def live() -> Response:
+        return page
+
+    @app.get("/live/events", include_in_schema=False)
+    async def live_events() -> Response:
+        return EventStream(feed.follow(), done=False)
+
+
+def _card(serving: Serving, name: str, adapter: LoRARequest | None = None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": serving.created,
         "owned_by": "hf_paged",
-        "root": serving.names[0],
-        "parent": None,
+        "root": serving.names[0] if adapter is None else adapter.lora_path,
+        "parent": None if adapter is None else adapter.base_model_name or serving.names[0],
         "max_model_len": serving.intake.max_model_len,
     }

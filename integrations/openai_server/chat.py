@@ -46,7 +46,7 @@ async def create_chat_completion(serving: Serving, body: ChatCompletionRequest, 
         yield {"prompt": text, "prompt_token_ids": ids}, sampling
 
     id = new_id("chatcmpl")
-    requests = await serving.make_requests(make, id)
+    requests = await serving.make_requests(make, id, model, http.headers)
     answer = _Answer(serving, body, tools, requests, rendered[0], id, model)
     if body.stream:
         return EventStream(answer.stream())

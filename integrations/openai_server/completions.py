@@ -38,7 +38,7 @@ async def create_completion(serving: Serving, body: CompletionRequest, http: Htt
                 yield prompt, sampling
 
     id = new_id("cmpl")
-    requests = await serving.make_requests(make, id)
+    requests = await serving.make_requests(make, id, model, http.headers)
     answer = _Answer(serving, body, requests, id, model)
     if body.stream:
         return EventStream(answer.stream())

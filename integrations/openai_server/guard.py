@@ -12,8 +12,8 @@ from hf_paged.integrations.openai_server.errors import error_response
 from hf_paged.integrations.openai_server.events import Disconnected
 from hf_paged.integrations.openai_server.serving import Load
 
-OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/load")
-"""Probes and scrapers have no key."""
+OPEN_PATHS = ("/", "/health", "/ping", "/version", "/metrics", "/load")
+"""Probes and scrapers have no key, nor has a browser that opens the live page, which then asks for one."""
 
 
 class RequireKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from hf_paged.config import EngineConfig
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
 from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
 from hf_paged.llm.arguments import PLAIN, EngineArgs
+from hf_paged.lora.request import LoRARequest
+from hf_paged.observe.spans import require_opentelemetry
 
 
 def _option(default: Any, help: str) -> Any:
@@ -25,6 +28,7 @@ class ServerOptions:
 
     Raises:
         ValueError: a value makes no sense.
+        ImportError: it needs an extra; the message names it.
     """
 
     host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 is every one the machine has")
@@ -40,6 +44,11 @@ class ServerOptions:
     enable_auto_tool_choice: bool = _option(False, "let the model call tools by itself")
     tool_call_parser: str | None = _option(None, f"how it writes calls: {', '.join(TOOL_PARSERS)}")
     reasoning_parser: str | None = _option(None, f"how it writes its reasoning: {', '.join(REASONING_PARSERS)}")
+    lora_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": 'adapters that clients may name as the model: NAME=PATH, or {"name": ..., "path": ...}'},
+    )
+    allow_runtime_lora: bool = _option(False, "let clients load and unload adapters: of any folder the server can read")
     root_path: str = _option("", "where a proxy has put the server")
     allowed_origins: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "CORS: origins"})
     allowed_methods: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "CORS: methods"})
@@ -53,9 +62,14 @@ class ServerOptions:
     max_queued_requests: int = _option(2048, "requests that may wait beside max_num_seqs; more are answered with 429")
     max_logprobs: int = _option(20, "log-probabilities per token that clients may ask for; -1 is any number")
     metrics_prefix: str = _option("hf_paged", 'prefix of the metrics: "vllm" suits dashboards made for it')
+    disable_live_page: bool = _option(False, "no live page at /")
     drain_timeout_s: int = _option(60, "after SIGTERM, how long requests under way may take")
     uvicorn_log_level: str = _option("info", "critical, error, warning, info, debug or trace")
-    disable_log_requests: bool = _option(True, "do not log requests")
+    disable_log_requests: bool = _option(True, "do not log requests (--no-disable-log-requests does)")
+    disable_log_stats: bool = _option(False, "no line about the engine every 10 seconds")
+    log_format: str = _option("text", "text or json: one object a line")
+    otlp_traces_endpoint: str | None = _option(None, "where to send a span per request to, by OTLP")
+    profile_dir: str | None = _option(None, "folder for the traces of /start_profile, which is there only with this")
 
     def __post_init__(self) -> None:
         for name in ("port", "max_request_bytes", "request_timeout_s", "max_queued_requests", "drain_timeout_s"):
@@ -73,11 +87,47 @@ class ServerOptions:
         for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
             if getattr(self, name) is not None and not Path(getattr(self, name)).is_file():
                 raise ValueError(f"{name}: there is no file {getattr(self, name)}")
+        self.adapters()
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f'log_format must be "text" or "json", got {self.log_format!r}')
+        if self.otlp_traces_endpoint is not None:
+            require_opentelemetry()
         levels = ("critical", "error", "warning", "info", "debug", "trace")
         if self.uvicorn_log_level not in levels:
             raise ValueError(f"uvicorn_log_level must be one of {', '.join(levels)}, got {self.uvicorn_log_level!r}")
+
+    def adapters(self) -> list[LoRARequest]:
+        """`lora_modules`, numbered from 1.
+
+        Raises:
+            ValueError: one that is not written as it should be, or a name given twice.
+        """
+        found: dict[str, LoRARequest] = {}
+        for number, text in enumerate(self.lora_modules, start=1):
+            name, path, base = _lora_module(text)
+            if name in found:
+                raise ValueError(f"lora_modules: {name!r} is given twice")
+            found[name] = LoRARequest(name, number, path, base_model_name=base)
+        return list(found.values())
+
+
+def _lora_module(text: str) -> tuple[str, str, str | None]:
+    """Name, path and base model of NAME=PATH or a JSON object."""
+    name, equals, path = text.partition("=")
+    if not text.lstrip().startswith("{"):
+        if not (name and equals and path):
+            raise ValueError(f"lora_modules takes NAME=PATH or a JSON object with name and path, got {text!r}")
+        return name, path, None
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"lora_modules: {text!r} is no JSON ({error})") from error
+    unknown = given.keys() - {"name", "path", "base_model_name"}
+    if unknown or not (given.get("name") and given.get("path")):
+        raise ValueError(f"lora_modules: an adapter has a name, a path and perhaps a base_model_name, got {text}")
+    return given["name"], given["path"], given.get("base_model_name")
 
 
 SERVER_FIELDS = {f.name: f for f in fields(ServerOptions)}
@@ -101,7 +151,10 @@ def parse_options(arguments: Sequence[str]) -> tuple[ServerOptions, EngineArgs]:
     server = {name: given.pop(name) for name in list(given) if name in SERVER_FIELDS}
     if model != checkpoint(model):  # a name of ours is what clients should see, not where its file lies
         server.setdefault("served_model_name", [model])
-    return ServerOptions(**server), EngineArgs.parse(checkpoint(model), given)
+    options, args = ServerOptions(**server), EngineArgs.parse(checkpoint(model), given)
+    if (options.lora_modules or options.allow_runtime_lora) and not args.engine_config().enable_lora:
+        raise ValueError("--lora-modules and --allow-runtime-lora need --enable-lora: room for adapters")
+    return options, args
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -119,8 +172,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     for name, value in found.items():
         key = _known(str(name))
         several = key in SERVER_FIELDS and _kind(key).startswith("list")
-        options[key] = [str(one) for one in (value if isinstance(value, list) else [value])] if several else value
+        options[key] = [_text(one) for one in (value if isinstance(value, list) else [value])] if several else value
     return options
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _read_command(arguments: Sequence[str]) -> dict[str, Any]:

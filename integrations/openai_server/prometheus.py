@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from hf_paged.observe.metrics import EngineMetrics
+from hf_paged.observe.replicas import ReplicaMetrics
 
 
 class EngineCollector:
@@ -19,7 +20,7 @@ class EngineCollector:
         labels: of every metric.
     """
 
-    def __init__(self, metrics: EngineMetrics, prefix: str, labels: dict[str, str]) -> None:
+    def __init__(self, metrics: EngineMetrics | ReplicaMetrics, prefix: str, labels: dict[str, str]) -> None:
         self._metrics, self._prefix, self._labels = metrics, prefix, labels
 
     def collect(self) -> Iterator[Metric]:
@@ -32,15 +33,20 @@ class EngineCollector:
                 families[value.name] = make(f"{self._prefix}:{value.name}", value.help, labels=names + own)
             families[value.name].add_metric(values + [label for _, label in value.labels], value.value)
         yield from families.values()
+        buckets: dict[str, HistogramMetricFamily] = {}
         for histogram in self._metrics.histograms():
-            family = HistogramMetricFamily(f"{self._prefix}:{histogram.name}", histogram.help, labels=names)
+            if histogram.name not in buckets:
+                own = [name for name, _ in histogram.labels]
+                name = f"{self._prefix}:{histogram.name}"
+                buckets[histogram.name] = HistogramMetricFamily(name, histogram.help, labels=names + own)
             bounds = [str(bound) for bound in histogram.bounds] + ["+Inf"]
-            buckets = list(zip(bounds, map(float, histogram.cumulative()), strict=True))
-            family.add_metric(values, buckets, histogram.sum)
-            yield family
+            counts = list(zip(bounds, map(float, histogram.cumulative()), strict=True))
+            labels = values + [label for _, label in histogram.labels]
+            buckets[histogram.name].add_metric(labels, counts, histogram.sum)
+        yield from buckets.values()
 
 
-def exposition(metrics: EngineMetrics, prefix: str, labels: dict[str, str]) -> bytes:
+def exposition(metrics: EngineMetrics | ReplicaMetrics, prefix: str, labels: dict[str, str]) -> bytes:
     """All metrics as the text that Prometheus scrapes."""
     registry = CollectorRegistry()
     registry.register(EngineCollector(metrics, prefix, labels))

@@ -204,3 +204,20 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: TokenIds
+
+
+class LoadLoraRequest(Body):
+    """What `/v1/load_lora_adapter` takes."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+    """Read it anew, though one of this name is there."""
+
+
+class UnloadLoraRequest(Body):
+    """What `/v1/unload_lora_adapter` takes."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_int_id: int | None = None
+    """Accepted as vLLM has it; the name says which."""

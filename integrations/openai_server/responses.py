@@ -40,7 +40,7 @@ async def create_response(serving: Serving, body: ResponsesRequest, http: HttpRe
         yield {"prompt": text, "prompt_token_ids": ids}, sampling
 
     id = new_id("resp")
-    requests = await serving.make_requests(make, id)
+    requests = await serving.make_requests(make, id, model, http.headers)
     answer = _Answer(serving, body, requests, rendered[0], id, model)
     if body.stream:
         return EventStream(answer.stream(), done=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from hf_paged.llm.arguments import EngineArgs
+from hf_paged.observe.logs import configure_logging
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -27,20 +30,22 @@ def serve(arguments: Sequence[str]) -> None:
         print(help_text())
         return
     options, args = parse_options(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(options.log_format)
     from hf_paged.integrations.openai_server.app import make_app
     from hf_paged.integrations.openai_server.connections import allow_many_connections, timed_protocol
+    from hf_paged.integrations.openai_server.http_server import HttpServer
 
     allow_many_connections()
     model, ranks = args.load()
     app = make_app(model, options, defaults=_defaults(model, args), name=str(args.model))
     try:
-        uvicorn.run(
+        config = uvicorn.Config(
             app,
             host=options.host,
             port=options.port,
             http=timed_protocol(options.request_timeout_s),
             uds=options.uds,
+            log_config=None,
             log_level=options.uvicorn_log_level,
             access_log=not options.disable_log_requests,
             ssl_keyfile=options.ssl_keyfile,
@@ -49,7 +54,14 @@ def serve(arguments: Sequence[str]) -> None:
             timeout_graceful_shutdown=options.drain_timeout_s,
             root_path=options.root_path,
         )
+        server = HttpServer(config)
+        with suppress(KeyboardInterrupt):  # it has drained
+            server.run()
+        if not server.started:
+            sys.exit(1)
     finally:
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
         if ranks is not None:
             ranks.stop()
 

@@ -74,7 +74,7 @@ async def run_batch(
         OSError: the output cannot be written.
     """
     serving = app.state.serving
-    window = window or min(2 * serving.engine.engine.scheduler.max_num_seqs, serving.load.most)
+    window = window or min(2 * serving.engine.engine.load.max_num_seqs, serving.load.most)
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
     lines = (line for line in read_batch(source) if line.key not in output.done)

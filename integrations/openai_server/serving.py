@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,8 +13,11 @@ from hf_paged.chat import load_chat_template
 from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.engine.intake import Intake, Prompt
 from hf_paged.engine.request import Request
+from hf_paged.integrations.openai_server.adapters import Adapters
 from hf_paged.integrations.openai_server.errors import ApiError
 from hf_paged.integrations.openai_server.options import ServerOptions
+from hf_paged.lora.request import LoRARequest
+from hf_paged.observe.spans import TRACE_HEADERS
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import SamplingParams
 
@@ -71,7 +74,8 @@ class Serving:
         self.defaults = defaults
         self.created = int(time.time())
         self.chat_template = load_chat_template(options.chat_template)
-        self.load = Load(engine.engine.scheduler.max_num_seqs + options.max_queued_requests)
+        self.adapters = Adapters(engine.engine, options.adapters())
+        self.load = Load(engine.engine.load.max_num_seqs + options.max_queued_requests)
 
     @property
     def intake(self) -> Intake:
@@ -83,24 +87,49 @@ class Serving:
         Raises:
             ApiError: 404, another model was asked for.
         """
-        if name and name not in self.names:
-            raise ApiError(404, f"the model {name!r:.200} does not exist; here is {self.names[0]!r}", param="model")
+        if name and name not in self.names and self.adapters.get(name) is None:
+            raise _no_model(name, self.names[0])
         return name or self.names[0]
 
+    def adapter(self, model: str) -> LoRARequest | None:
+        """The adapter that a model's name stands for; None where it is the model itself.
+
+        Raises:
+            ApiError: 404, it is gone.
+        """
+        found = self.adapters.get(model)
+        if found is None and model not in self.names:
+            raise _no_model(model, self.names[0])
+        return found
+
     async def make_requests(
-        self, make: Callable[[], Iterable[tuple[Prompt, SamplingParams]]], id: str
+        self,
+        make: Callable[[], Iterable[tuple[Prompt, SamplingParams]]],
+        id: str,
+        model: str,
+        headers: Mapping[str, str],
     ) -> list[Request]:
-        """Requests, checked; tokenizing and compiling grammars is left to a thread.
+        """Requests, checked; tokenizing, compiling grammars and reading adapters is left to a thread.
+
+        Args:
+            model: the name that `check_model` gave.
+            headers: of the HTTP request; they may say which trace it belongs to.
 
         Raises:
             ValueError, TypeError: whatever is wrong with a prompt or its parameters.
+            ApiError: 404, the adapter is gone.
         """
 
         def work() -> list[Request]:
             made = []
-            for place, (prompt, sampling) in enumerate(make()):
-                made.append(self.intake.request(prompt, sampling, request_id=f"{id}-{place}"))
-                self.engine.engine.scheduler.check(made[-1])
+            adapter = self.adapter(model)
+            try:
+                for place, (prompt, sampling) in enumerate(make()):
+                    made.append(self.intake.request(prompt, sampling, request_id=f"{id}-{place}", lora_request=adapter))
+                    made[-1].trace_headers = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+                    self.engine.engine.check(made[-1])
+            except FileNotFoundError as error:
+                raise ApiError(404, str(error), param="model") from error
             return made
 
         return await asyncio.to_thread(work)
@@ -128,6 +157,10 @@ class Serving:
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]
         return [found[request.request_id] for request in requests]
+
+
+def _no_model(name: str, here: str) -> ApiError:
+    return ApiError(404, f"the model {name!r:.200} does not exist; here is {here!r}", param="model")
 
 
 def new_id(kind: str) -> str:

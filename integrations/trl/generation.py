@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from hf_paged import many
+from hf_paged.distributed.spread import gather, generate_spread, num_processes
 from hf_paged.engine.engine import Engine
 from hf_paged.integrations.trl.gather import gathered
 from hf_paged.integrations.trl.sampling import sampling_params
@@ -19,6 +22,7 @@ from hf_paged.integrations.trl.shadow import Shadow
 from hf_paged.integrations.trl.support import autocast_dtype, is_sharded
 from hf_paged.model.exact_forward import ExactForward
 from hf_paged.model.introspect import causal_lm
+from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 from hf_paged.state import PagedState
 
@@ -89,7 +93,8 @@ class TrainerGeneration:
         """Says that the weights changed. They are the trainer's own: nothing is moved."""
         engine = self._state.made
         if engine is not None:
-            engine.weights_updated()
+            with gathered(self._trainer.model_wrapped):  # it may look at them
+                engine.weights_updated()
 
     @property
     def llm(self) -> Any:
@@ -142,16 +147,49 @@ class TrainerGeneration:
 
     def _complete(self, engine: Engine, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         """(token ids, their log-probabilities) for each prompt, in their order."""
+        if not self._spreads():
+            return self._complete_all(engine, prompts, many.generate_many)
+        everyone = gather(prompts)
+        generate = functools.partial(generate_spread, self._trainer.model)
+        completions = self._complete_all(engine, list(itertools.chain(*everyone)), generate)
+        before = sum(map(len, everyone[: self._trainer.accelerator.process_index]))
+        return completions[before : before + len(prompts)]
+
+    def _spreads(self) -> bool:
+        """Whether all processes share out what all of them want. Those with tools of their own come to generate as
+        often as these need, each for itself; so do trainers that choose by chance what to sample."""
+        trainer = self._trainer
+        alone = getattr(trainer, "tools", None) or getattr(trainer, "rollout_func", None)
+        return num_processes() > 1 and hasattr(trainer, "num_generations") and not alone
+
+    def _complete_all(
+        self, engine: Engine, prompts: list[list[int]], generate: Callable[..., list[RequestOutput]]
+    ) -> list[tuple[list[int], list[float]]]:
+        """The same by `generate(engine, requests, progress)`."""
         places: dict[tuple[int, ...], list[int]] = {}
         for place, prompt in enumerate(prompts):
             places.setdefault(tuple(prompt), []).append(place)
-        unique = [list(prompt) for prompt in places]
-        sampling = [self.sampling_params(len(prompt), len(where)) for prompt, where in places.items()]
+        most = -(-len(prompts) // num_processes())  # of one prompt's samples in one request: all have as much to do
+        pieces = [
+            (list(prompt), first, where[first : first + most])
+            for prompt, where in places.items()
+            for first in range(0, len(where), most)
+        ]
+        pieces.sort(key=lambda piece: piece[1])  # prompts draw their seeds in order, however many pieces there are
+        sampling = [self.sampling_params(len(prompt), len(where)) for prompt, _, where in pieces]
+        unique = [prompt for prompt, _, _ in pieces]
         lm = causal_lm(self._trainer.model)
         requests = many.make_requests(engine, lm, unique, sampling, RequestOutputKind.FINAL_ONLY)
-        outputs = many.generate_many(engine, requests, progress=False)
+        seeds: dict[tuple[int, ...], int] = {}
+        for request, (prompt, first, _) in zip(requests, pieces, strict=True):
+            request.seed = seeds.setdefault(tuple(prompt), request.seed)
+            for (
+                sequence
+            ) in request.sequences:  # noise is of seed and index: samples of a prompt are others in each piece
+                sequence.index += first
+        outputs = generate(engine, requests, progress=False)
         found: dict[int, tuple[list[int], list[float]]] = {}
-        for where, output in zip(places.values(), outputs, strict=True):
+        for (_, _, where), output in zip(pieces, outputs, strict=True):
             if output.error is not None:
                 raise output.error
             for place, completion in zip(where, output.outputs, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from many_threads import in_threads
 
-from hf_paged import LLM, SamplingParams
+from hf_paged import LLM, LoRARequest, SamplingParams
 from hf_paged.sampling_params import BeamSearchParams
 
 SMALL = {"num_pages": 128, "block_size": 16, "max_num_seqs": 16}
@@ -29,9 +29,11 @@ def tokens(outputs: Any) -> list[list[int]]:
     ("options", "error", "told"),
     [
         ({"max_model_length": 64}, TypeError, "Did you mean 'max_model_len'"),
-        ({"data_parallel_size": 2}, ValueError, "data_parallel_size=2"),
+        ({"data_parallel_size": 0}, ValueError, "positive integer"),
         ({"pipeline_parallel_size": 0}, ValueError, "positive integer"),
-        ({"enable_lora": True}, ValueError, "enable_lora=True cannot be had"),
+        ({"enable_lora": True, "max_loras": 0}, ValueError, "max_loras must be a positive integer"),
+        ({"enable_lora": True, "tensor_parallel_size": 2}, ValueError, "adapters by request"),
+        ({"fully_sharded_loras": True}, ValueError, "fully_sharded_loras=True cannot be had"),
         ({"cpu_offload_gb": 4}, ValueError, "cpu_offload_gb=4"),
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization"),
         ({"block_size": 24}, ValueError, "power of two"),
@@ -115,7 +117,8 @@ def test_the_end_of_a_prompt(llm: Any) -> None:
         (lambda llm: llm.generate(["a"], GREEDY, priority=[1, 2]), ValueError, "2 priorities"),
         (lambda llm: llm.generate(), ValueError, "give prompts"),
         (lambda llm: llm.generate([{"role": "user", "content": "x"}], GREEDY), TypeError, "call chat"),
-        (lambda llm: llm.generate(["a"], GREEDY, lora_request=object()), ValueError, "lora_request"),
+        (lambda llm: llm.generate(["a"], GREEDY, lora_request=object()), TypeError, "lora_request"),
+        (lambda llm: llm.generate(["a"], GREEDY, lora_request=LoRARequest("a", 1, "x")), ValueError, "enable_lora"),
         (lambda llm: llm.chat([{"content": "x"}], GREEDY), ValueError, '"role"'),
         (lambda llm: llm.chat([], GREEDY), ValueError, "at least one message"),
         (

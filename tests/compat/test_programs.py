@@ -63,3 +63,21 @@ def test_older_spellings() -> None:
     ranked = sorted(again.outputs, key=lambda sample: -sample.cumulative_logprob)
     assert [sample.token_ids for sample in best.outputs] == [sample.token_ids for sample in ranked[:2]]
     assert [sample.index for sample in best.outputs] == [0, 1] and best.outputs[0].logprobs is None
+
+
+def test_adapters(tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    from lora.adapters import save_adapter
+    from transformers import AutoModelForCausalLM
+
+    folders = []
+    for seed, name in enumerate(("one", "other")):
+        base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+        folders.append(str(save_adapter(tmp_path / name, base, seed, r=8, target_modules="all-linear")))
+    monkeypatch.setattr("sys.argv", ["program", tiny_checkpoint, *folders])
+    space = run("lora.py")
+    plain, adapted, mixed = ([o.outputs[0].token_ids for o in space[name]] for name in ("plain", "adapted", "mixed"))
+    assert mixed[:2] == [adapted[0], plain[1]] and mixed[2] not in (adapted[2], plain[2])
+    assert [o.lora_request and o.lora_request.lora_name for o in space["mixed"]] == ["sql_adapter", None, "other"]
+    assert space["chat"][0].lora_request.lora_int_id == 1
+    assert space["known"] == {1, 2} and space["removed"]

@@ -26,3 +26,9 @@ def test_two_gpus_say_what_one_does(tmp_path: Path) -> None:
     for rank in run("gpus", 2, tmp_path):
         assert rank["stages"] == expected
         assert rank["ranks"] == expected
+
+
+def test_a_model_on_another_gpu_than_the_current_one() -> None:
+    expected = jobs.of_gpus(hf_paged.wrap(jobs.gpu_model(), num_pages=400))
+    assert torch.cuda.current_device() == 0
+    assert jobs.of_gpus(hf_paged.wrap(jobs.gpu_model().to("cuda:1"), num_pages=400)) == expected

@@ -41,6 +41,7 @@ OPTIONS = {"num_pages": 64, "page_size": 8, "max_num_batched_tokens": 48, "max_n
 PROMPTS = make_prompts([5, 23, 70, 11])
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=2)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=8, ignore_eos=True, seed=7, n=2)
+UNSEEDED = SamplingParams(temperature=1.2, max_tokens=8, ignore_eos=True, n=3)
 
 
 def family_model(name: str) -> Any:
@@ -183,6 +184,43 @@ def die_at_once(parallel: TensorParallel) -> Any:
     if parallel.rank:
         os._exit(3)
     return build_part(parallel)
+
+
+def one_family(parallel: TensorParallel, out: Path) -> dict[str, Any]:
+    return generate(hf_paged.wrap(shard(family_model("Llama"), parallel), **OPTIONS))
+
+
+# ---- replicas ------------------------------------------------------------------------------------------------------
+
+
+def spread(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
+    """One list of prompts over as many replicas of two ranks, or of one, as there are."""
+    found: dict[str, Any] = {}
+    world = torch.distributed.get_world_size()
+    for size in {1, world // 2}:
+        model = hf_paged.load(folder, device="cpu", tensor_parallel_size=size, **OPTIONS | {"seed": 3})
+        for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED), ("unseeded", UNSEEDED)):
+            outputs = model.generate_many(PROMPTS, sampling, spread=True)
+            found[f"{name} {size}"] = [[one.token_ids for one in output.outputs] for output in outputs]
+            assert [output.prompt_token_ids for output in outputs] == PROMPTS
+        found[f"own {size}"] = model.engine.stats.generation_tokens
+        assert model.engine.scheduler.num_active_pages == 0
+    other = PROMPTS[:2] if torch.distributed.get_rank() == 1 else PROMPTS
+    found["divergence"] = attempt(lambda: model.generate_many(other, GREEDY, spread=True))
+    if torch.distributed.get_rank() == 1:
+        at_step(model, 2, fail)
+    found["exception"] = attempt(lambda: model.generate_many(PROMPTS, GREEDY, spread=True))
+    found["after"] = tokens(model.generate_many(PROMPTS, GREEDY, spread=True))
+    options = {"num_pages": 64, "block_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 8, "device": "cpu"}
+    llm = hf_paged.LLM(folder, data_parallel_size=world, seed=3, **options)
+    found["llm"] = tokens(llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], GREEDY, use_tqdm=False))
+    found["sizes"] = attempt(lambda: hf_paged.LLM(folder, data_parallel_size=world + 1, **options))
+    if torch.distributed.get_rank() == 1:
+        at_step(llm.model, 2, lambda: os._exit(9))
+    Path(out, f"{torch.distributed.get_rank()}.pickle").write_bytes(pickle.dumps(found))
+    found["death"] = attempt(lambda: llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    Path(out, f"{torch.distributed.get_rank()}.pickle").write_bytes(pickle.dumps(found))
+    os._exit(0)  # a group with a dead member cannot be taken down
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -370,10 +408,12 @@ JOBS: dict[str, Callable[..., Any]] = {
     "gpus": gpus,
     "staged_families": staged_families,
     "families": families,
+    "one_family": one_family,
     "compiled": compiled,
     "every_feature": every_feature,
     "faults": faults,
     "checkpoints": checkpoints,
+    "spread": spread,
 }
 
 

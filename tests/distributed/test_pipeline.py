@@ -43,6 +43,16 @@ def test_four_ranks(tmp_path: Path) -> None:
             assert_same(rank[family, 2], expected)
 
 
+@pytest.mark.slow
+def test_eight_ranks(tmp_path: Path) -> None:
+    """Two stages of four, more than there are key heads."""
+    found = run("staged_families", 8, tmp_path)
+    for family in jobs.FAMILIES:
+        expected = alone(family)
+        for rank in found:
+            assert_same(rank[family, 4], expected)
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.integers(1, 5))
 def test_layers_are_shared_out(costs: list[int], last: int, stages: int) -> None:
     if len(costs) < stages:

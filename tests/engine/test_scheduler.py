@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +34,8 @@ class Arrival:
     """Tokens that each sample generates; the longest is the request's max_tokens."""
     priority: int = 0
     prompt_logprobs: bool = False
+    adapter: int = 0
+    """Its generation; 0 is none."""
 
     def request(self, name: str) -> Request:
         sampling = SamplingParams(
@@ -40,15 +44,20 @@ class Arrival:
             priority=self.priority,
             prompt_logprobs=0 if self.prompt_logprobs else None,
         )
-        return Request(name, list(self.prompt), sampling)
+        adapter: Any = SimpleNamespace(generation=self.adapter) if self.adapter else None
+        return Request(name, list(self.prompt), sampling, adapter=adapter)
+
+
+def held(sequence: Sequence, position: int) -> tuple[int, ...]:
+    """What keys and values of a position depend on: the tokens up to it, and the adapter."""
+    return (sequence.request.adapter_generation, *sequence.tokens[: position + 1])
 
 
 @dataclass
 class Driver:
     """Drives a scheduler with made-up tokens and checks every step.
 
-    `shadow` stands for the KV cache. The entry of (page, offset) is what keys and values there would depend on:
-    all tokens up to and including that position.
+    `shadow` stands for the KV cache. The entry of (page, offset) is what keys and values there would depend on.
     """
 
     scheduler: Scheduler
@@ -101,7 +110,7 @@ class Driver:
         self.check_books()
         contents = {pair: self.contents(pair[0]) for pair in batch.copies}
         for (_, target), content in contents.items():
-            self.shadow.update({(target, offset): held for offset, held in content.items()})
+            self.shadow.update({(target, offset): entry for offset, entry in content.items()})
         self.check_shadow()
         if failure == "execute":
             return self.recover()
@@ -109,7 +118,7 @@ class Driver:
             for position in range(start, start + length):
                 index, offset = divmod(position, scheduler.page_size)
                 page = self.table[sequence.slot, index]
-                self.shadow[page, offset] = tuple(sequence.tokens[: position + 1])
+                self.shadow[page, offset] = held(sequence, position)
         scheduler.advance(batch)
         self.check_books()
         self.check_shadow()
@@ -190,7 +199,8 @@ class Driver:
     def check_admission(self, before: list[Sequence], batch: Batch, *, preempted: bool) -> None:
         """First come, first served within a priority, and no admission in a step that had to preempt.
 
-        Only those may be overtaken whose next page of prompt another sequence computes in this very step.
+        Only those may be overtaken whose next page of prompt another sequence computes in this very step, and those
+        with adapters while as many others run as may.
         """
         old = {id(sequence) for sequence in before}
         admitted = [sequence for sequence in self.scheduler.running if id(sequence) not in old]
@@ -198,17 +208,26 @@ class Driver:
             assert not admitted
         last = max((s.order for s in admitted), default=(-99, 0, 0))
         for sequence in self.waiting():
-            assert last < sequence.order or self.computed_by_another(sequence, batch)
+            held_back = sequence.request.adapter_generation and len(self.adapters()) == self.scheduler.max_adapters
+            assert last < sequence.order or held_back or self.computed_by_another(sequence, batch)
+
+    def adapters(self) -> set[int]:
+        """Of the sequences that run."""
+        return {sequence.request.adapter_generation for sequence in self.scheduler.running} - {0}
 
     def computed_by_another(self, sequence: Sequence, batch: Batch) -> bool:
         scheduler, size = self.scheduler, self.scheduler.page_size
         if not scheduler.enable_prefix_caching or sequence.logits_from is not None:
             return False  # who wants its prompt's log-probabilities, until it has a token of its own
         most = (len(sequence.tokens) - 1) // size
-        end = (len(scheduler.tree.match(sequence.tokens, most)) + 1) * size
+        adapter = sequence.request.adapter_generation
+        end = (len(scheduler.tree.match(sequence.tokens, most, adapter)) + 1) * size
         begins = sequence.tokens[:end]
         return end <= most * size and any(
-            chunk.start < end and chunk.sequence.tokens[:end] == begins for chunk in batch.chunks
+            chunk.start < end
+            and chunk.sequence.tokens[:end] == begins
+            and chunk.sequence.request.adapter_generation == adapter
+            for chunk in batch.chunks
         )
 
     def check_books(self) -> None:
@@ -219,6 +238,7 @@ class Driver:
         assert [s.order for s in running] == sorted(s.order for s in running)
         assert {id(s) for s in running} == {id(s) for s in self.sequences() if s.slot >= 0}
         assert not any(s.finished for s in running)
+        assert len(self.adapters()) <= scheduler.max_adapters
         assert not any(s.pages or s.path for s in self.sequences() if s.slot < 0), "pages held by one who does not run"
         slots = [s.slot for s in running]
         assert sorted(slots + scheduler._slots) == list(range(scheduler.max_num_seqs))
@@ -248,9 +268,9 @@ class Driver:
         size = self.scheduler.page_size
         for sequence in self.scheduler.running:
             for position in range(sequence.num_computed):
-                held = self.shadow.get((sequence.pages[position // size], position % size))
-                assert held == tuple(sequence.tokens[: position + 1]), (
-                    f"position {position} of sequence {sequence.order} holds the keys of {held}"
+                found = self.shadow.get((sequence.pages[position // size], position % size))
+                assert found == held(sequence, position), (
+                    f"position {position} of sequence {sequence.order} holds the keys of {found}"
                 )
 
     def check_end(self) -> None:
@@ -286,7 +306,8 @@ lengths = st.one_of(
 
 
 def arrivals(priorities: st.SearchStrategy[int]) -> st.SearchStrategy[Arrival]:
-    return st.builds(Arrival, prompts, lengths, priorities, st.sampled_from((False, False, False, True)))
+    adapters = st.sampled_from((0, 0, 0, 1, 2, 3))
+    return st.builds(Arrival, prompts, lengths, priorities, st.sampled_from((False, False, False, True)), adapters)
 
 
 @st.composite
@@ -298,6 +319,7 @@ def schedulers(draw: st.DrawFn) -> Scheduler:
         max_num_seqs=slots,
         max_num_batched_tokens=slots + draw(st.integers(0, 20)),
         enable_prefix_caching=draw(st.sampled_from((True, True, True, False))),
+        max_adapters=draw(st.integers(1, 3)),
     )
 
 
@@ -468,3 +490,37 @@ def test_flushed_pages_are_not_found_again() -> None:
         driver.step()
     assert driver.scheduler.tree.num_pages == 0, "computed in part before the flush: must not be cached"
     driver.drain(5)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_not_starved_by_those_that_run() -> None:
+    """Requests of a running adapter keep coming; one of another adapter gets its turn all the same."""
+    scheduler = Scheduler(num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=32)
+    driver = Driver(scheduler)
+    driver.add(Arrival((0, 1, 0), (6,), adapter=1))
+    driver.step()
+    driver.add(Arrival((0, 1, 0), (6,), adapter=2))
+    other = driver.requests[-1]
+    overtaking = []
+    for _ in range(30):
+        driver.add(Arrival((0, 1, 0), (6,), adapter=1))
+        driver.step()
+        if not other.sequences[0].slot < 0:
+            break
+        overtaking += [r for r in driver.requests[2:] if r.sequences[0].slot >= 0 and r not in overtaking]
+    assert other.sequences[0].slot >= 0, "it never ran"
+    assert 0 < len(overtaking) <= scheduler.max_num_seqs, "some go before it, not all"
+    driver.drain(500)
+
+
+def test_the_model_alone_takes_no_adapters_place() -> None:
+    scheduler = Scheduler(num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=32)
+    driver = Driver(scheduler)
+    for adapter in (1, 2, 0, 2, 0):
+        driver.add(Arrival((0, 1, 0), (6,), adapter=adapter))
+    driver.step()
+    running = [sequence.request.adapter_generation for sequence in scheduler.running]
+    assert running == [1, 0, 0]
+    driver.drain(100)

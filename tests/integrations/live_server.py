@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from hf_paged.integrations.openai_server import ServerOptions, make_app
+from hf_paged.integrations.openai_server.http_server import HttpServer
 
 
 class Live:
@@ -35,7 +36,7 @@ class Live:
 @contextmanager
 def serve(model: Any, options: ServerOptions | None = None, **uvicorn_options: Any) -> Iterator[Live]:
     app = make_app(model, options, name="tiny")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10, **uvicorn_options))
+    server = HttpServer(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10, **uvicorn_options))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)

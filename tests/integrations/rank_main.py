@@ -79,6 +79,30 @@ def train_sharded(out: Path, rank: int, options: dict[str, Any]) -> dict[str, An
     return {"differences": differences, "broken": broken, "sharded": sharded}
 
 
+GROUPS = [[[5, 6, 7]] * 5 + [[8, 9]], [[5, 6, 7]] * 3 + [list(range(20, 50)), [4] * 9, [8, 9]]]
+"""Prompts of two ranks; the first is sampled more often than one of them samples at all."""
+
+
+def rollout(out: Path, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Each asks for completions of its own prompts, and gets what one process would have drawn for all."""
+    trainer = attach(make_trainer("GRPO", out, generation_kwargs={"seed": 11}), **OPTIONS)
+    generation = trainer.vllm_generation
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    prompts = GROUPS[rank] if world > 1 else GROUPS[0] + GROUPS[1]
+    found: dict[str, Any] = {"completions": generation.generate(prompts)[1]}
+    found["tokens"] = generation._state.made.stats.generation_tokens
+    if rank:
+        handle = trainer.model.model.layers[1].register_forward_hook(fail)
+    try:
+        generation.generate(prompts)
+    except Exception as error:
+        found["error"] = type(error).__name__, str(error)
+    if rank:
+        handle.remove()
+    found["again"] = generation.generate(prompts)[1]
+    return found
+
+
 class Broken(Exception):
     """What a layer raises in the middle of a rollout."""
 
@@ -88,9 +112,9 @@ def fail(*_: Any) -> None:
 
 
 def main(strategy: str, adapter: str, out: str) -> None:
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", 0))
     lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"])
-    run = {"ddp": train, "fsdp2": train_sharded}[strategy]
+    run = {"ddp": train, "fsdp2": train_sharded, "rollout": rollout}[strategy]
     result = run(Path(out) / str(rank), rank, {"peft": lora} if adapter == "lora" else {})
     Path(out, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 

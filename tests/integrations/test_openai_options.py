@@ -48,10 +48,11 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         ("m --reasoning-parser none", "reasoning_parser must be one of think"),
         ("m --ssl-keyfile k", "both ssl_keyfile and ssl_certfile"),
         ("m --ssl-keyfile k --ssl-certfile c", "there is no file k"),
-        ("m --data-parallel-size 2", "data_parallel_size=2"),
+        ("m --data-parallel-size 0", "data_parallel_size must be a positive integer"),
         ("m --max-num-seqs 0", "max_num_seqs"),
         ("m --config nowhere.yaml", "nowhere.yaml"),
         ("m --uvicorn-log-level loud", "uvicorn_log_level"),
+        ("m --log-format xml", "log_format"),
     ],
 )
 def test_bad_lines(line: str, told: str) -> None:

@@ -85,7 +85,7 @@ def graph_engine(
         executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, 16, recorder=recorder
     )
     mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
-    mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled))
+    mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled, (False, True)))
     executor._mixed = mixed
     return engine, recorder
 

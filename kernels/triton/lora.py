@@ -1,0 +1,122 @@
+"""Adapters' parts of a linear layer's output, rows grouped by adapter (after SGMV of Punica, arXiv 2310.18547, and
+S-LoRA, arXiv 2311.03285).
+
+Two kernels: one takes rows down to an adapter's rank, the other up to the layer's outputs, where it also adds the
+layer's own. A program works on a tile of rows of one adapter. How many rows an adapter has is read on the device, so
+that the grid depends on shapes alone and a graph can hold it; programs beyond an adapter's last row end at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FEW_ROWS = 128
+"""Up to so many rows, the way down is cut along the inputs: there are too few tiles to fill a GPU."""
+SPLIT_INPUTS = 512
+"""Inputs of a part, at the least."""
+MOST_SPLITS = 16
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _shrink(
+    x, a, order, starts, parts, num_rows, inputs, x_stride, per_split,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(2)
+    begin = tl.load(starts + slot) + tl.program_id(0) * BLOCK_M
+    end = tl.load(starts + slot + 1)
+    if begin >= end:
+        return
+    split = tl.program_id(1)
+    place = begin + tl.arange(0, BLOCK_M)
+    row = tl.load(order + place, mask=place < end, other=num_rows)
+    inside = row < num_rows
+    x_rows = x + tl.where(inside, row, 0).to(tl.int64)[:, None] * x_stride
+    rank = tl.arange(0, RANK)
+    a_rows = a + (slot.to(tl.int64) * RANK + rank)[None, :] * inputs
+    acc = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
+    first = split * per_split
+    last = tl.minimum(first + per_split, inputs)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        known = k < last
+        x_tile = tl.load(x_rows + k[None, :], mask=inside[:, None] & known[None, :], other=0.0)
+        a_tile = tl.load(a_rows + k[:, None], mask=known[:, None], other=0.0)
+        acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
+    out = parts + (split.to(tl.int64) * num_rows + place)[:, None] * RANK + rank[None, :]
+    tl.store(out, acc, mask=(place < end)[:, None] & (place < num_rows)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _expand(
+    parts, b, base, order, starts, out, num_rows, outputs, base_stride, num_splits,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SLOTS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(2)
+    begin = tl.load(starts + slot) + tl.program_id(0) * BLOCK_M
+    end = tl.where(slot < NUM_SLOTS, tl.load(starts + tl.minimum(slot + 1, NUM_SLOTS)), num_rows)
+    if begin >= end:
+        return
+    place = begin + tl.arange(0, BLOCK_M)
+    row = tl.load(order + place, mask=place < end, other=num_rows)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < num_rows)[:, None] & (column < outputs)[None, :]
+    line = tl.where(row < num_rows, row, 0).to(tl.int64)[:, None]
+    value = tl.load(base + line * base_stride + column[None, :], mask=inside, other=0.0)
+    if slot < NUM_SLOTS:
+        rank = tl.arange(0, RANK)
+        low = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
+        known = (place < end) & (place < num_rows)
+        for split in range(num_splits):  # in one order: the same bits every time
+            lines = parts + (split * num_rows + place).to(tl.int64)[:, None] * RANK
+            low += tl.load(lines + rank[None, :], mask=known[:, None], other=0.0)
+        b_rows = b + (slot.to(tl.int64) * outputs + column)[None, :] * RANK
+        b_tile = tl.load(b_rows + rank[:, None], mask=(column < outputs)[None, :], other=0.0)
+        added = tl.dot(low.to(b_tile.dtype), b_tile, input_precision="ieee")
+        value = (value.to(tl.float32) + added).to(value.dtype)
+    tl.store(out + line * outputs + column[None, :], value, mask=inside)
+
+
+def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """`base + (x A^T) B^T`, with the A and B of each row's slot; rows of no slot are the base's.
+
+    Args:
+        base: `[T, N]`, whose columns are contiguous.
+        x: `[T, K]` in the dtype of a and b.
+        a: `[slots, R, K]`; b: `[slots, N, R]`; both contiguous, R a power of two from 16 on.
+        order: int32 `[>= T]`, rows by slot, those of no slot last.
+        starts: int32 `[slots + 1]`, where each slot's begin.
+
+    Returns:
+        `[T, N]` in the dtype of base, contiguous.
+    """
+    rows, inputs = x.shape
+    slots, rank, _ = a.shape
+    outputs = b.shape[1]
+    if base.stride(-1) != 1:
+        base = base.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = base.new_empty(rows, outputs)
+    if not rows:
+        return out
+    few = rows <= FEW_ROWS
+    block_m = 16 if few else 32 if rank > 128 else 64
+    block_k = 128 if rank <= 64 else 64 if rank <= 128 else 32
+    splits = min(MOST_SPLITS, triton.cdiv(inputs, SPLIT_INPUTS)) if few else 1
+    per_split = triton.cdiv(triton.cdiv(inputs, splits), block_k) * block_k
+    parts = torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(rows, block_m)
+    block_n = 128 if rank <= 128 else 64
+    with torch.cuda.device_of(x):
+        _shrink[(tiles, splits, slots)](
+            x, a, order, starts, parts, rows, inputs, x.stride(0), per_split,
+            RANK=rank, BLOCK_M=block_m, BLOCK_K=block_k,
+        )  # fmt: skip
+        _expand[(tiles, triton.cdiv(outputs, block_n), slots + 1)](
+            parts, b, base, order, starts, out, rows, outputs, base.stride(0), splits,
+            RANK=rank, BLOCK_M=block_m, BLOCK_N=block_n, NUM_SLOTS=slots,
+        )  # fmt: skip
+    return out
