@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_paged.distributed.plan import PlanError, StandIn
+from hf_paged.engine.batch import Batch
+from hf_paged.engine.request import Hooks
 
 ATTRIBUTE = "_hf_paged_stage"
 """Where a model keeps its `Stage`."""
@@ -247,3 +249,25 @@ def _parts(lm: Any) -> tuple[str, str, list[str]]:
         )
     after = [name for name in plan if name in modules and name not in (*lists, *names) and modules[name] is not head]
     return lists[0], names[0], after
+
+
+def kept_rows(batch: Batch) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Logits and scores that a stage that draws has kept for `generate`, of the tokens that a step has sampled."""
+    return [
+        ([row.cpu() for row in hooks.logits[place:]], [row.cpu() for row in hooks.scores[place:]])
+        for hooks, place in _hooks(batch)
+    ]
+
+
+def keep_rows(batch: Batch, kept: list[tuple[list[Tensor], list[Tensor]]], device: torch.device) -> None:
+    """Has another stage keep them too: criteria look at them, and callers get them."""
+    for (hooks, place), (logits, scores) in zip(_hooks(batch), kept, strict=True):
+        hooks.logits[place:] = [row.to(device) for row in logits]
+        hooks.scores[place:] = [row.to(device) for row in scores]
+
+
+def _hooks(batch: Batch) -> Iterator[tuple[Hooks, int]]:
+    """What is kept for which requests of a step, and as which token's."""
+    for sequence in batch.sampled():
+        if sequence.request.hooks is not None:
+            yield sequence.request.hooks, sequence.num_generated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from test_parallel import assert_same, run
 
 import hf_paged
+from hf_paged.distributed.lockstep import ParallelExecutor
 from hf_paged.distributed.pipeline import share_layers
 from hf_paged.distributed.plan import PlanError
+from hf_paged.engine.model_executor import ModelExecutor
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,18 @@ def test_families(found: list[dict[str, Any]], family: str) -> None:
     expected = alone(family)
     for rank in found:
         assert_same(rank[family, 1], expected)
+    assert len({rank[family, 1]["weights"] for rank in found}) == 1, "by which steps are captured on all or on none"
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_stages_share_reads_all_or_none(monkeypatch: pytest.MonkeyPatch, theirs: bool) -> None:
+    """Decode graphs that share reads are others: a stage of sliding windows alone would capture at other steps."""
+    planner = object()
+    monkeypatch.setattr(ModelExecutor, "_new_planner", lambda self: planner)
+    executor = object.__new__(ParallelExecutor)
+    link = SimpleNamespace(exchange=lambda what, value: [value, theirs])
+    executor.parallel = SimpleNamespace(link=link)  # type: ignore[assignment]
+    assert (executor._new_planner() is planner) == theirs
 
 
 @pytest.mark.slow
