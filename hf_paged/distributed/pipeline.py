@@ -247,6 +247,17 @@ def _parts(lm: Any) -> tuple[str, str, list[str]]:
             f"{type(lm).__name__} has no plan for pipeline stages (base_model_pp_plan in its config class), so its "
             "layers cannot be cut into stages"
         )
+    trunk, planned = modules[lists[0].rpartition(".")[0]], {id(modules[name]) for name in plan if name in modules}
+    beside = [
+        name
+        for name, child in trunk.named_children()
+        if id(child) not in planned and any(True for _ in child.parameters())
+    ]
+    if beside:
+        raise PlanError(
+            f"{type(lm).__name__} computes more than its layers one after the other ({', '.join(beside)}), and its plan "
+            "does not say on which stage: take tensor_parallel_size instead of pipeline_parallel_size"
+        )
     after = [name for name in plan if name in modules and name not in (*lists, *names) and modules[name] is not head]
     return lists[0], names[0], after
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import jobs
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_parallel import assert_same, run
 
 import hf_paged
 from hf_paged.distributed.lockstep import ParallelExecutor
-from hf_paged.distributed.pipeline import share_layers
+from hf_paged.distributed.pipeline import Pipeline, cut_stage, share_layers
 from hf_paged.distributed.plan import PlanError
 from hf_paged.engine.model_executor import ModelExecutor
 
@@ -56,6 +57,21 @@ def test_four_ranks(tmp_path: Path) -> None:
         for rank in found:
             assert_same(rank[family, 1], expected)
             assert_same(rank[family, 2], expected)
+
+
+def test_more_than_layers_is_refused() -> None:
+    """Gemma 4's layers also get an embedding of their own each, made from the first stage's."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64, num_kv_shared_layers=0,
+    )  # fmt: skip
+    model: Any = transformers.Gemma4ForCausalLM(config)
+    names = list(model.state_dict())
+    for stage in (0, 1):
+        with pytest.raises(PlanError, match="embed_tokens_per_layer"):
+            cut_stage(model, Pipeline(stage, 2, None))  # type: ignore[arg-type]
+    assert list(model.state_dict()) == names
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.integers(1, 5))
