@@ -255,8 +255,8 @@ def _parts(lm: Any) -> tuple[str, str, list[str]]:
     ]
     if beside:
         raise PlanError(
-            f"{type(lm).__name__} computes more than its layers one after the other ({', '.join(beside)}), and its plan "
-            "does not say on which stage: take tensor_parallel_size instead of pipeline_parallel_size"
+            f"{type(lm).__name__} computes more than its layers one after the other ({', '.join(beside)}), and its "
+            "plan does not say on which stage: take tensor_parallel_size instead of pipeline_parallel_size"
         )
     after = [name for name in plan if name in modules and name not in (*lists, *names) and modules[name] is not head]
     return lists[0], names[0], after

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lookahead import assert_landed, drain
+from simulator import Simulation, check_nothing_left, make_engine
+from test_lookahead_failures import out_of_memory
 from test_lookahead_scheduler import AheadDriver, play, twin_of, work_of
 from test_scheduler import Arrival, Driver, aborts, arrivals, failures, many, schedulers, simple, steps
+from test_simulation import check_finished, start
 
 from hf_paged.engine.batch import Batch
+from hf_paged.engine.executor import StepResult
 from hf_paged.engine.request import Sequence
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.outputs import RequestOutput
+from hf_paged.sampling_params import SamplingParams
 
 
 @dataclass
@@ -122,3 +131,74 @@ def test_decodes_are_spread_evenly(count: int) -> None:
     driver.drain(500)
     steady = driver.sizes[4 * count : 8 * count]
     assert max(steady) - min(steady) <= count - 1 and sum(steady) == 4 * 7
+
+
+# ---- the engine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("page_size", [1, 3, 8])
+def test_tokens_follow_from_the_right_pages(page_size: int, count: int) -> None:
+    engine = make_engine(
+        num_pages=-(-96 // page_size),
+        page_size=page_size,
+        max_num_seqs=12,
+        max_num_batched_tokens=30,
+        max_model_len=32,
+        paged=True,
+        lookahead=True,
+        micro_batches=count,
+    )
+    done = Simulation(engine, 1000, wave=60, seed=page_size).run()
+    assert done.finished == 1000
+    assert done.preemptions > 0
+    check_nothing_left(engine)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("fails", ["out of memory", "out of memory, late", "fails"])
+def test_every_launch_may_fail(fails: str, count: int) -> None:
+    """With other steps in flight, which may end requests that the step landing has news of."""
+    for failing in range(1, 60):
+        engine = start(lookahead=True, micro_batches=count)
+        if fails == "fails":
+            made, launch = [0], engine.executor.launch
+
+            def flaky(
+                batch: Batch, made: list[int] = made, launch: Callable = launch, failing: int = failing
+            ) -> Callable[[], StepResult]:
+                made[0] += 1
+                if made[0] == failing:
+                    raise ZeroDivisionError
+                return launch(batch)
+
+            engine.executor.launch = flaky  # type: ignore[method-assign]
+        else:
+            made = out_of_memory(engine, {failing}, late=fails.endswith("late"))
+        outputs: list[RequestOutput] = []
+        for _ in range(200):
+            with suppress(ZeroDivisionError):
+                outputs += engine.step()
+        check_finished(engine, outputs)
+        assert_landed(engine)
+        if made[0] < failing:
+            return
+    raise AssertionError("more steps than expected")
+
+
+def test_steps_that_land_for_lack_of_memory_may_end_a_request() -> None:
+    """Two of its samples have landed, and are not told of yet, when the launch that follows has the third one land."""
+    for failing in range(1, 40):
+        engine = make_engine(
+            num_pages=64, page_size=2, max_num_seqs=4, max_num_batched_tokens=12, lookahead=True, micro_batches=2
+        )
+        sampling = SamplingParams(max_tokens=3, seed=0, ignore_eos=True)
+        for prompt, n in (([7, 8, 9], 3), ([3, 4, 5], 1), ([5, 5], 1), ([6, 6], 1)):
+            engine.add_request(prompt, sampling.clone(n=n))
+        made = out_of_memory(engine, {failing}, late=False)
+        last = drain(engine)
+        assert len(last) == 4 and all(output.finished for output in last.values())
+        assert_landed(engine)
+        if made[0] < failing:
+            return
+    raise AssertionError("more steps than expected")
