@@ -50,6 +50,8 @@ def test_started_from_within(alone: dict[str, Any], size: int, stages: int) -> N
             model(torch.tensor([[1, 2]]))
         with pytest.raises(ValueError, match="picklable"):
             model.generate_many([[1, 2]], hf_paged.SamplingParams(logits_processors=[lambda ids, scores: scores]))
+        with pytest.raises(RuntimeError, match="torchrun" if stages == 1 else "pipeline parallelism"):
+            model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, assistant_model=jobs.family_model("Llama"))
         jobs.hear_interrupts()
         jobs.at_step(model, 2, jobs.interrupt)
         with pytest.raises(KeyboardInterrupt):
