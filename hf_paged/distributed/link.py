@@ -69,8 +69,18 @@ class Link:
         return values
 
     def agree(self, what: str, value: Any) -> None:
-        """Raises Divergence on every rank unless all of them have the same value."""
-        values = self.exchange(what, value)
+        """Raises Divergence on every rank unless all of them have the same value.
+
+        A rank that has sent its value has given its word: others begin what is agreed without asking again, so it is
+        not interrupted until it knows.
+        """
+        check = self.check
+        if self.rank:
+            self.check = lambda: None
+        try:
+            values = self.exchange(what, value)
+        finally:
+            self.check = check
         if any(other != values[0] for other in values):
             odd = [str(rank) for rank, other in enumerate(values) if other != values[0]]
             raise self._break(
