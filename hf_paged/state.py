@@ -57,7 +57,7 @@ class PagedState:
         """
         with self._lock:
             if speculation is not None and speculation.model is not None:
-                self._take_assistant(speculation)
+                self._take_assistant(model, speculation)
             if self._engine is not None and self._outdated(self._engine):
                 self._engine.close()
                 self._engine = None
@@ -73,10 +73,12 @@ class PagedState:
         """The engine, if there is one by now."""
         return self._engine
 
-    def _take_assistant(self, speculation: SpeculativeConfig) -> None:
+    def _take_assistant(self, model: nn.Module, speculation: SpeculativeConfig) -> None:
         own = self.config.speculation
         if speculation in (own, self._assistant):
             return
+        if parallel_of(causal_lm(model)) is not None:  # seen before the engine goes, which no rank can make anew alone
+            raise ValueError("an assistant model cannot be had with tensor or pipeline parallelism yet")
         if own is not None and own.model is not None:
             raise ValueError("the model was wrapped with a draft model of its own")
         if self._engine is not None and self._engine.has_unfinished():

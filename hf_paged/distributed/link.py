@@ -5,12 +5,14 @@ that whoever waits knows at once and by name, because a wait can be interrupted,
 size.
 
 Every message carries an epoch. When a step fails on a rank, this tells the others and goes on in the next epoch; what
-was sent in an earlier one is nobody's any more.
+was sent in an earlier one is nobody's any more. Messages are pickled as they are: as a connection itself would, tensors
+would travel through memory that only a process and its `multiprocessing` children share.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -67,8 +69,18 @@ class Link:
         return values
 
     def agree(self, what: str, value: Any) -> None:
-        """Raises Divergence on every rank unless all of them have the same value."""
-        values = self.exchange(what, value)
+        """Raises Divergence on every rank unless all of them have the same value.
+
+        A rank that has sent its value has given its word: others begin what is agreed without asking again, so it is
+        not interrupted until it knows.
+        """
+        check = self.check
+        if self.rank:
+            self.check = lambda: None
+        try:
+            values = self.exchange(what, value)
+        finally:
+            self.check = check
         if any(other != values[0] for other in values):
             odd = [str(rank) for rank, other in enumerate(values) if other != values[0]]
             raise self._break(
@@ -143,7 +155,7 @@ class Link:
 
     def _send(self, rank: int, message: tuple[Any, ...]) -> None:
         try:
-            self._connections[rank].send((self.epoch, *message))
+            self._connections[rank].send_bytes(pickle.dumps((self.epoch, *message)))
         except OSError as error:
             raise self._break(_ended(rank)) from error
 
@@ -151,7 +163,7 @@ class Link:
         for rank, connection in self._connections.items():
             if rank != but:
                 with suppress(OSError):
-                    connection.send((self.epoch, *message))
+                    connection.send_bytes(pickle.dumps((self.epoch, *message)))
 
     def _expect(self, rank: int, what: str) -> Any:
         kind, *rest = self._receive(rank)
@@ -172,9 +184,10 @@ class Link:
                         raise self._break(
                             PeerLost(f"rank {rank} has not answered for {self.timeout_s:g} s: it hangs, or is gone")
                         )
-                epoch, *message = connection.recv()
+                received = connection.recv_bytes()
             except (EOFError, OSError) as error:
                 raise self._break(_ended(rank)) from error
+            epoch, *message = pickle.loads(received)
             if message[0] == "broken":
                 raise self._break(message[1], but=rank)
             outdated = epoch < self.epoch

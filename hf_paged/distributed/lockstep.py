@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_paged.attention.shared import SharedPlanner
 from hf_paged.config import EngineConfig
 from hf_paged.distributed.errors import ParallelError, PeerFailed
 from hf_paged.distributed.groups import TensorParallel
-from hf_paged.distributed.pipeline import stage_of
+from hf_paged.distributed.pipeline import keep_rows, kept_rows, stage_of
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.executor import StepResult
@@ -97,6 +98,16 @@ class ParallelExecutor(ModelExecutor):
     def _choose_num_pages(self, activations: int) -> int:
         return min(self.parallel.link.exchange("choosing the number of pages", super()._choose_num_pages(activations)))
 
+    # Ranks must capture the same graphs at the same steps: while one captures, others compute with it.
+
+    def _count_weights(self) -> int:
+        return max(self.parallel.link.exchange("counting weights", super()._count_weights()))
+
+    def _new_planner(self) -> SharedPlanner | None:
+        planner = super()._new_planner()
+        plan = self.parallel.link.exchange("whether decodes share what they read", planner is not None)
+        return planner if all(plan) else None
+
     def looks_ahead(self, request: Request) -> bool:
         # Of a pipeline's micro-batches none goes on from tokens that are not known.
         return self.parallel.pipeline is not None or super().looks_ahead(request)
@@ -105,7 +116,7 @@ class ParallelExecutor(ModelExecutor):
         self.parallel.link.agree("the next step", fingerprint(batch))
         with self._together():
             land = super().launch(batch)
-        return lambda: self._wait(land)
+        return lambda: self._wait(batch, land)
 
     def warm_up(self) -> None:
         with self._together():
@@ -117,15 +128,19 @@ class ParallelExecutor(ModelExecutor):
     def weights_changed(self) -> bool:
         return any(self.parallel.link.exchange("looking at the weights", super().weights_changed()))
 
-    def _wait(self, land: Callable[[], StepResult]) -> StepResult:
+    def _wait(self, batch: Batch, land: Callable[[], StepResult]) -> StepResult:
         pipeline = self.parallel.pipeline
         with self._together():
             result = land()
         if pipeline is None:
             return result
         tells = pipeline.is_last and self.parallel.rank == 0
-        told = self.parallel.link.exchange("a step's tokens", _portable(result) if tells else None)
-        return told[(pipeline.size - 1) * self.parallel.size]
+        known = (_portable(result), kept_rows(batch)) if tells else None
+        told = self.parallel.link.exchange("a step's tokens", known)
+        result, kept = told[(pipeline.size - 1) * self.parallel.size]
+        if not pipeline.is_last:
+            keep_rows(batch, kept, self.layout.device)
+        return result
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -233,6 +248,9 @@ class LeadingEngine(ParallelEngine):
     def _land_flight(self) -> None:
         self._tell("land", super()._land_flight)
 
+    def _look_over(self) -> None:
+        self._tell("look_over", super()._look_over)
+
     def _start_over(self) -> None:
         self._tell("start_over", super()._start_over)
 
@@ -280,6 +298,7 @@ def follow(engine: ParallelEngine) -> None:
         "abort": engine._abort,
         "step": lambda _: engine._compute_step(),
         "land": lambda _: engine._land_flight(),
+        "look_over": lambda _: engine._look_over(),
         "start_over": lambda _: engine._start_over(),
         "flush": lambda _: engine._flush(),
         "weights_told": lambda _: engine._weights_told(),

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_paged.distributed.plan import PlanError, StandIn
+from hf_paged.engine.batch import Batch
+from hf_paged.engine.request import Hooks
 
 ATTRIBUTE = "_hf_paged_stage"
 """Where a model keeps its `Stage`."""
@@ -245,5 +247,38 @@ def _parts(lm: Any) -> tuple[str, str, list[str]]:
             f"{type(lm).__name__} has no plan for pipeline stages (base_model_pp_plan in its config class), so its "
             "layers cannot be cut into stages"
         )
+    trunk, planned = modules[lists[0].rpartition(".")[0]], {id(modules[name]) for name in plan if name in modules}
+    beside = [
+        name
+        for name, child in trunk.named_children()
+        if id(child) not in planned and any(True for _ in child.parameters())
+    ]
+    if beside:
+        raise PlanError(
+            f"{type(lm).__name__} computes more than its layers one after the other ({', '.join(beside)}), and its "
+            "plan does not say on which stage: take tensor_parallel_size instead of pipeline_parallel_size"
+        )
     after = [name for name in plan if name in modules and name not in (*lists, *names) and modules[name] is not head]
     return lists[0], names[0], after
+
+
+def kept_rows(batch: Batch) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Logits and scores that a stage that draws has kept for `generate`, of the tokens that a step has sampled."""
+    return [
+        ([row.cpu() for row in hooks.logits[place:]], [row.cpu() for row in hooks.scores[place:]])
+        for hooks, place in _hooks(batch)
+    ]
+
+
+def keep_rows(batch: Batch, kept: list[tuple[list[Tensor], list[Tensor]]], device: torch.device) -> None:
+    """Has another stage keep them too: criteria look at them, and callers get them."""
+    for (hooks, place), (logits, scores) in zip(_hooks(batch), kept, strict=True):
+        hooks.logits[place:] = [row.to(device) for row in logits]
+        hooks.scores[place:] = [row.to(device) for row in scores]
+
+
+def _hooks(batch: Batch) -> Iterator[tuple[Hooks, int]]:
+    """What is kept for which requests of a step, and as which token's."""
+    for sequence in batch.sampled():
+        if sequence.request.hooks is not None:
+            yield sequence.request.hooks, sequence.num_generated

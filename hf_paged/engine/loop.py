@@ -159,8 +159,8 @@ class StepLoop:
             tokens = self.stats.generation_tokens - known
             self.speculator.pace.landed(num_seqs, flight.speculates, tokens, self._landed_s - before)
         if then is not None:
-            then()
-        self._report(touched)
+            then()  # if memory ran out in there, steps have landed that told about some requests' ends
+        self._report([request for request in touched if request.request_id in self._requests])
         self._count(flight.batch, start, verified)
 
     def _purge(self) -> None:

@@ -159,12 +159,13 @@ class ModelExecutor(Executor):
         self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
+        self._num_weights = self._count_weights()
         self._sharing = self._new_planner()
         self._sampler = Sampler(layout.vocab_size, device, exact=config.exact)
         self._device_sampler: DeviceSampler | None = None
         if on_gpu:
             most = max(self.max_num_seqs, self.max_verify_rows)
-            self._device_sampler = DeviceSampler(most, device, exact=config.exact)
+            self._device_sampler = DeviceSampler(most, device, exact=config.exact, in_flight=self.most_in_flight)
         self._looks_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self._signs = self._read_signs()
         self._allocate()
@@ -195,6 +196,12 @@ class ModelExecutor(Executor):
             return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
+
+    def _count_weights(self) -> int:
+        """Those of quantised layers too, which are no parameters."""
+        lm = self._lm
+        linear = sum(m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear))
+        return max(linear, sum(parameter.numel() for parameter in lm.parameters()))
 
     def _new_planner(self) -> SharedPlanner | None:
         """Who plans what decodes read together, if the backend can and any layer would."""
@@ -257,7 +264,7 @@ class ModelExecutor(Executor):
         )
         # Their forwards are of more rows than hidden states of graphs have a place for.
         if hasattr(backend, "capture_mixed") and (self.drafter is None or self.drafter.hidden is None):
-            self._mixed = MixedGraphs(self._runner, backend, self._graphs, _num_weights(self._lm))
+            self._mixed = MixedGraphs(self._runner, backend, self._graphs, self._num_weights)
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
@@ -526,12 +533,6 @@ class ModelExecutor(Executor):
             self._fused = None
         if self.drafter is not None:
             self.drafter.close()
-
-
-def _num_weights(lm: nn.Module) -> int:
-    """Those of quantised layers too, which are no parameters."""
-    linear = sum(m.in_features * m.out_features for m in lm.modules() if isinstance(m, nn.Linear))
-    return max(linear, sum(parameter.numel() for parameter in lm.parameters()))
 
 
 def _all_fused(sequences: list[Sequence]) -> bool:

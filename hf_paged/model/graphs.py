@@ -178,6 +178,7 @@ class DecodeGraphs:
             "writes": (torch.int32, 3 * WRITES_PER_ROW * rows),
             "num_writes": (torch.int32, 1),
         }
+        self.in_flight = in_flight
         self._inputs = PackedBuffer({**fields, **parameter_fields(rows)}, device, in_flight)
         self.outputs = PackedBuffer(result_fields(rows), device, in_flight)
         self._input_ids, self._positions, self._write_rows = (

@@ -59,7 +59,7 @@ class MixedGraphs:
         backend: whose attention is captured.
         decode: the decode graphs, whose block table, results and shared prefixes these graphs use too, so that the one
             can follow the other.
-        num_params: the model's parameters.
+        num_params: the model's parameters, here or, where ranks compute together, on the rank with the most.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MixedGraphs:
             "sample_rows": (torch.int64, most),
             **dict.fromkeys(("sources", "slots", "lengths"), (torch.int32, most)),
         }
-        self._inputs = PackedBuffer({**fields, **parameter_fields(most)}, device)
+        self._inputs = PackedBuffer({**fields, **parameter_fields(most)}, device, decode.in_flight)
         self._input_ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._seen: set[Kind] = set()
         self._captured: dict[Kind, Captured[CapturedMixed]] = {}
@@ -117,7 +117,7 @@ class MixedGraphs:
             inputs: whose `sources` refer to the decode graphs' `tokens`.
 
         Returns:
-            the tokens to come; they are overwritten two launches later.
+            the tokens to come; they are overwritten `in_flight` launches later.
         """
         room = kind.sampled
         arrays = self._inputs.next()

@@ -115,23 +115,25 @@ class DeviceSampler:
     Args:
         max_num_seqs: sequences that run at once.
         exact: as in `token_sampler`.
+        in_flight: draws that may be enqueued before the first of them is read.
     """
 
-    def __init__(self, max_num_seqs: int, device: torch.device, *, exact: bool = False) -> None:
+    def __init__(self, max_num_seqs: int, device: torch.device, *, exact: bool = False, in_flight: int = 2) -> None:
         self._device = device
         self._exact = exact
+        self._in_flight = in_flight
         self.params = SlotParams(max_num_seqs)
         self._make_buffers(max_num_seqs)
 
     def _make_buffers(self, rows: int) -> None:
         self._rows = rows
-        self._inputs = PackedBuffer(parameter_fields(rows), self._device)
-        self._outputs = PackedBuffer(result_fields(rows), self._device)
+        self._inputs = PackedBuffer(parameter_fields(rows), self._device, self._in_flight)
+        self._outputs = PackedBuffer(result_fields(rows), self._device, self._in_flight)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> Landing:
         """Enqueues the draw of one token per sequence from logits `[R, V]`, bfloat16, float16 or float32.
 
-        The results are overwritten two calls later.
+        The results are overwritten `in_flight` calls later.
         """
         count = len(sequences)
         if count > self._rows:  # samples of one prompt that wait for a slot may be many

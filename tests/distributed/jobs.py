@@ -111,6 +111,10 @@ def features(model: Any) -> dict[str, Any]:
     found["scores"] = [scores.tolist() for scores in model.score(PROMPTS[:2], [[5, 6, 7], [8, 9]])]
     ids = torch.tensor(make_prompts([12, 12]))
     found["generate"] = model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+    found["criteria"] = model.generate(ids, max_new_tokens=6, eos_token_id=3, max_time=600.0, do_sample=False).tolist()
+    asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    kept = model.generate(ids, max_new_tokens=4, min_new_tokens=2, eos_token_id=3, do_sample=False, **asked)
+    found["kept"] = [row[row.isfinite()].tolist() for step in (*kept.logits, *kept.scores) for row in step]
     unseeded = model.generate_many(PROMPTS, SamplingParams(temperature=1.5, max_tokens=6, ignore_eos=True, n=2))
     assert all(len(one.token_ids) == 6 for output in unseeded for one in output.outputs)
     engine = model.engine
@@ -119,19 +123,27 @@ def features(model: Any) -> dict[str, Any]:
     engine.step()
     engine.step()
     engine.abort("first")
-    rest = []
-    while engine.has_unfinished():
-        rest += engine.step()
-    last = {output.request_id: output for output in rest if output.finished}
+    last = {output.request_id: output for output in finish(engine) if output.finished}
     assert last["first"].outputs[0].finish_reason == "abort"
     found["after an abort"] = last["second"].outputs[0].token_ids
+    engine.add_request(PROMPTS[2], SamplingParams(**greedy), request_id="paused")
+    engine.step()
     engine.pause()
     engine.resume()
+    found["after a pause"] = finish(engine)[-1].outputs[0].token_ids
     engine.sleep()
     engine.warm_up()
     found["after sleep"] = tokens(model.generate_many(PROMPTS, SamplingParams(**greedy)))
     assert engine.scheduler.num_active_pages == 0
     return found
+
+
+def finish(engine: Any) -> list[Any]:
+    """The outputs of all steps that are left."""
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    return outputs
 
 
 def staged_families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
@@ -145,7 +157,7 @@ def staged_families(parallel: TensorParallel, out: Path) -> dict[str, Any]:
             if len(model.model.layers) < place.pipeline.size:
                 continue
             hf_paged.wrap(shard(model, place), **OPTIONS)
-            found[name, tp] = generate(model)
+            found[name, tp] = generate(model) | {"weights": model.engine.executor._num_weights}
             hf_paged.unwrap(model)
     return found
 

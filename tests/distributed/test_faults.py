@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+
+from hf_paged.distributed.link import SLICE_S, Link
 
 
 @pytest.fixture(scope="module", params=["ranks", "stages"])
@@ -52,6 +57,25 @@ def test_divergence(found: list[dict[str, Any]]) -> None:
     for rank in found:
         for kind, message, seconds in rank["divergence"]:
             assert kind == "Divergence" and "rank 1 differs from rank 0" in message and seconds < 5
+
+
+def test_whoever_agreed_is_not_interrupted() -> None:
+    """Rank 0 would begin the step, and wait in it for a rank that has let go of it, or take the next one's for it."""
+    ends = Pipe()
+    first, second = (Link(rank, 2, {1 - rank: end}, timeout_s=10) for rank, end in enumerate(ends))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    second.check = interrupt
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        other = thread.submit(second.agree, "the next step", 7)
+        time.sleep(3 * SLICE_S)
+        first.agree("the next step", 7)
+        other.result()
+    assert second.check is interrupt
+    with pytest.raises(KeyboardInterrupt):
+        second.exchange("tokens", 7)
 
 
 def test_a_rank_that_hangs(found: list[dict[str, Any]]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_parallel import assert_same, run
 
 import hf_paged
-from hf_paged.distributed.pipeline import share_layers
+from hf_paged.distributed.lockstep import ParallelExecutor
+from hf_paged.distributed.pipeline import Pipeline, cut_stage, share_layers
 from hf_paged.distributed.plan import PlanError
+from hf_paged.engine.model_executor import ModelExecutor
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,18 @@ def test_families(found: list[dict[str, Any]], family: str) -> None:
     expected = alone(family)
     for rank in found:
         assert_same(rank[family, 1], expected)
+    assert len({rank[family, 1]["weights"] for rank in found}) == 1, "by which steps are captured on all or on none"
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_stages_share_reads_all_or_none(monkeypatch: pytest.MonkeyPatch, theirs: bool) -> None:
+    """Decode graphs that share reads are others: a stage of sliding windows alone would capture at other steps."""
+    planner = object()
+    monkeypatch.setattr(ModelExecutor, "_new_planner", lambda self: planner)
+    executor = object.__new__(ParallelExecutor)
+    link = SimpleNamespace(exchange=lambda what, value: [value, theirs])
+    executor.parallel = SimpleNamespace(link=link)  # type: ignore[assignment]
+    assert (executor._new_planner() is planner) == theirs
 
 
 @pytest.mark.slow
@@ -51,6 +67,21 @@ def test_eight_ranks(tmp_path: Path) -> None:
         expected = alone(family)
         for rank in found:
             assert_same(rank[family, 4], expected)
+
+
+def test_more_than_layers_is_refused() -> None:
+    """Gemma 4's layers also get an embedding of their own each, made from the first stage's."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64, num_kv_shared_layers=0,
+    )  # fmt: skip
+    model: Any = transformers.Gemma4ForCausalLM(config)
+    names = list(model.state_dict())
+    for stage in (0, 1):
+        with pytest.raises(PlanError, match="embed_tokens_per_layer"):
+            cut_stage(model, Pipeline(stage, 2, None))  # type: ignore[arg-type]
+    assert list(model.state_dict()) == names
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.integers(1, 5))

@@ -144,6 +144,7 @@ def make_engine(
     max_model_len: int = 64,
     paged: bool = False,
     lookahead: bool = False,
+    micro_batches: int = 1,
     speculator: Speculator | None = None,
     speculation: SpeculativeConfig | None = None,
 ) -> Engine:
@@ -153,6 +154,7 @@ def make_engine(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        micro_batches=micro_batches,
     )
     intake = Intake(
         None,
@@ -167,6 +169,7 @@ def make_engine(
         if paged
         else FakeExecutor(lookahead)
     )
+    executor.micro_batches, executor.most_in_flight = micro_batches, max(2, micro_batches)
     return Engine(executor, scheduler, intake, speculator)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -18,9 +18,11 @@ from hf_paged.engine.scheduler import Scheduler
 
 @dataclass
 class AheadDriver(Driver):
-    """Keeps one step in flight: schedules and launches the next one, then hands out the last one's tokens."""
+    """Keeps steps in flight: schedules and launches the next one, then hands out the tokens of one before it."""
 
-    flight: Batch | None = None
+    most_in_flight: int = 1
+    """When a step has been handed out."""
+    flights: deque[Batch] = field(default_factory=deque)
     unknown: dict[Sequence, list[int]] = field(default_factory=lambda: defaultdict(list))
     """What steps in flight sample, for each sequence in order: the device's secret until they land."""
     ahead: int = 0
@@ -35,7 +37,7 @@ class AheadDriver(Driver):
         )
 
     def recover(self) -> None:
-        self.flight = None
+        self.flights.clear()
         self.unknown.clear()
         super().recover()
         assert not any(sequence.num_pending for sequence in self.sequences())
@@ -50,7 +52,7 @@ class AheadDriver(Driver):
         batch = scheduler.schedule()
         for slot, index, page in batch.page_writes:
             self.table[slot, index] = page
-        assert batch or self.flight or not scheduler.has_unfinished(), "nothing is done, and something is left to do"
+        assert batch or self.flights or not scheduler.has_unfinished(), "nothing is done, and something is left to do"
         assert self.tokens() == tokens
         if batch:  # else its changes of the block table come with the next one
             self.check_batch(batch)
@@ -76,8 +78,11 @@ class AheadDriver(Driver):
         self.check_shadow()
         if failure == "advance":
             return self.recover()
-        flight, self.flight = self.flight, batch if batch else None
-        for place, sequence in enumerate(flight.sampled() if flight else []):
+        if batch:
+            self.flights.append(batch)
+        lands = len(self.flights) > self.most_in_flight or not batch
+        flight = self.flights.popleft() if lands and self.flights else Batch()
+        for place, sequence in enumerate(flight.sampled()):
             if failure == "append" and place == failure_place:
                 return self.recover()
             token = self.unknown[sequence].pop(0)
@@ -95,9 +100,8 @@ class AheadDriver(Driver):
                 break
             self.step()
         assert not self.scheduler.has_unfinished(), f"not finished after {most} steps more"
-        if self.flight is not None:  # computed in vain
+        while self.flights:  # computed in vain
             self.step()
-        assert self.flight is None
         self.check_end()
         assert not any(self.unknown.values())
         for sequence in self.sequences():

@@ -123,7 +123,7 @@ def drain(engine: Engine, most: int = 100) -> list[RequestOutput]:
     raise AssertionError(f"not finished after {most} steps more")
 
 
-def start(lookahead: bool = False) -> Engine:
+def start(lookahead: bool = False, micro_batches: int = 1) -> Engine:
     """A small engine with samples, a twin and too few pages."""
     engine = make_engine(
         num_pages=7,
@@ -133,6 +133,7 @@ def start(lookahead: bool = False) -> Engine:
         max_model_len=16,
         paged=True,
         lookahead=lookahead,
+        micro_batches=micro_batches,
     )
     for name, prompt, n in (("a", [3, 4, 5], 1), ("b", [7, 8, 9], 3), ("c", [3, 4, 5], 1)):
         engine.add_request(prompt, SamplingParams(n=n, max_tokens=5, seed=0, ignore_eos=True), request_id=name)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_paged
 from hf_paged.attention.shared import SharedPlanner
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.request import Request
 from hf_paged.model import graphs, mixed_graphs
 from hf_paged.sampling import device
 from hf_paged.speculative.config import SpeculativeConfig
@@ -97,6 +98,21 @@ def test_warming_up_captures_what_all_sequences_need(model: Any, monkeypatch: py
     executor: Any = engine.executor
     assert max(executor._graphs.sizes) == 16
     assert {kind.size for kind in executor._graphs._captured} == {1, 2, 4}
+
+
+def test_draws_in_flight_keep_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline of three stages has three steps in flight."""
+
+    def draw(logits: torch.Tensor, rows: Any, *, tokens: torch.Tensor, **_: Any) -> None:
+        tokens.copy_(logits.argmax(-1))
+
+    monkeypatch.setattr(device, "record", Landed)
+    monkeypatch.setattr(device, "token_sampler", lambda exact: draw)
+    sampler = device.DeviceSampler(4, torch.device("cpu"), in_flight=3)
+    sequences = Request("r", [1], hf_paged.SamplingParams(temperature=0.0)).sequences
+    sequences[0].slot = 0
+    landings = [sampler.sample(torch.eye(8)[token : token + 1], sequences) for token in (5, 6, 7)]
+    assert [landing.wait(sequences).tokens for landing in landings] == [[5], [6], [7]]
 
 
 def prompts() -> list[list[int]]:
