@@ -209,3 +209,47 @@ def test_an_id_in_use_disturbs_nobody(model: Any) -> None:
         assert last.outputs[0].finish_reason == "length"
 
     play(model.engine, scene)
+
+
+def test_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails, on a device that goes on, is nothing; a device that answers no call any more is the end."""
+
+    def fail(batch: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def dead() -> None:
+        raise RuntimeError("CUDA error")
+
+    async def scene(engine: AsyncEngine) -> None:
+        for synchronize, lost in ((lambda: None, False), (dead, True)):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.accelerator, "synchronize", synchronize)
+                patch.setattr(model.engine.executor, "launch", fail)
+                with pytest.raises(RuntimeError, match="a step of the engine failed"):
+                    await tokens_of(engine, PROMPTS[0])
+            assert (engine.lost() is not None) == lost
+        assert "illegal memory access" in (engine.lost() or "")
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            await tokens_of(engine, PROMPTS[0])
+
+    play(model.engine, scene)
+
+
+def test_the_thread_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits is told, and so is whoever asks later."""
+
+    def end(batch: Any) -> Any:
+        raise SystemExit(3)
+
+    async def scene(engine: AsyncEngine) -> None:
+        assert engine.lost() is None
+        with monkeypatch.context() as patch:
+            patch.setattr(model.engine.executor, "launch", end)
+            with pytest.raises(RuntimeError, match="a step of the engine failed"):
+                await tokens_of(engine, PROMPTS[0])
+        assert "SystemExit: 3" in (engine.lost() or "")
+        with pytest.raises(RuntimeError, match="thread ended"):
+            await tokens_of(engine, PROMPTS[0])
+
+    play(model.engine, scene)
+    assert model.generate_many(PROMPTS[:1], GREEDY)[0].finished
