@@ -147,7 +147,7 @@ class OpenAIServer:
 
     def check_health(self) -> None:
         """Ray Serve starts another replica where this raises."""
-        if not self._model.engine.healthy:
+        if self._model.engine.lost() is not None:
             raise RuntimeError("a process of this replica is lost: look for its own error in the log")
 
 

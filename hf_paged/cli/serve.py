@@ -20,4 +20,4 @@ def serve(context: typer.Context) -> None:
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from error
 
-    friendly(run)
+    friendly(run, OSError)

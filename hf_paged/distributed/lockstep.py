@@ -95,6 +95,12 @@ class ParallelExecutor(ModelExecutor):
             parallel.link.fail(f"{type(error).__name__}: {error}")  # others may wait for it already
             raise
 
+    def lost(self) -> str | None:
+        link = self.parallel.link
+        if link.broken is None and (gone := link.gone()):
+            return f"rank {gone[0]} ended"
+        return None if link.broken is None else str(link.broken)
+
     def _choose_num_pages(self, activations: int) -> int:
         return min(self.parallel.link.exchange("choosing the number of pages", super()._choose_num_pages(activations)))
 
@@ -168,10 +174,6 @@ class ParallelEngine(Engine):
         self._epoch = self.link.epoch
         self._interrupts = _Interrupts()
         self.link.check = self._interrupts.check
-
-    @property
-    def healthy(self) -> bool:
-        return self.link.broken is None
 
     def _compute_step(self) -> None:
         with self._interrupts:  # an interrupt in the middle of a sum would leave the other ranks waiting in it

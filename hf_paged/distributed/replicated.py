@@ -142,10 +142,11 @@ class ReplicatedEngine:
     def has_unfinished(self) -> bool:
         return bool(self._entries or self._unclaimed)
 
-    @property
-    def healthy(self) -> bool:
-        """Whether there is a replica left."""
-        return not self._closed and bool(self._alive())
+    def lost(self) -> str | None:
+        """Why nothing can be computed ever again; None while there is a replica left."""
+        if self._closed:
+            return "the replicas are closed"
+        return None if self._alive() else f"no replica is left, the last one was: {self.handles[-1].lost}"
 
     @property
     def num_unfinished(self) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 from hf_paged.engine.front import FrontEngine
 from hf_paged.engine.intake import Prompt
@@ -14,6 +17,8 @@ from hf_paged.engine.request import Request
 from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncEngine:
@@ -26,6 +31,7 @@ class AsyncEngine:
         self.engine = engine
         self._wake = threading.Condition()
         self._closed = False
+        self._lost: str | None = None
         self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestOutput | BaseException]]] = {}
         self._thread = threading.Thread(target=self._drive, name="hf_paged-engine", daemon=True)
         self._thread.start()
@@ -72,8 +78,8 @@ class AsyncEngine:
             ValueError: a request that does not fit the pool, or whose id is in use.
             RuntimeError: the engine is closed, or a step failed.
         """
-        if self._closed:
-            raise RuntimeError("the engine is closed")
+        if self._closed or self._lost is not None:
+            raise RuntimeError(self._lost or "the engine is closed")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[RequestOutput | BaseException]()
 
         def deliver(output: RequestOutput) -> None:
@@ -143,6 +149,18 @@ class AsyncEngine:
     def paused(self) -> bool:
         return self.engine.paused
 
+    def lost(self) -> str | None:
+        """Why nothing can be generated ever again; None while it can. It waits for nothing.
+
+        A step that fails is no reason: the next one may succeed. A rank that ended is one, a device that answers
+        every call with an error, and a thread that ended.
+        """
+        if self._lost is not None:
+            return self._lost
+        if self._closed:
+            return "the engine is closed"
+        return self.engine.lost()
+
     def close(self) -> None:
         """Ends the thread after its current step. Whoever still waits for output gets a RuntimeError."""
         self._closed = True
@@ -153,6 +171,14 @@ class AsyncEngine:
         self._fail(RuntimeError("the engine was closed"))
 
     def _drive(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # it ends the thread, and nobody else would tell those who wait
+            self._lost = f"the engine's thread ended: {_told(error)}"
+            logger.critical("%s", self._lost, exc_info=error)
+            self._fail(error)
+
+    def _loop(self) -> None:
         while True:
             with self._wake:
                 while not self._closed and not self._waiting:
@@ -162,6 +188,8 @@ class AsyncEngine:
             try:
                 idle = not self.engine.drive()
             except Exception as error:  # it goes to whoever waits; the engine has put its requests back and can go on
+                if isinstance(error, torch.AcceleratorError) and not _device_works():
+                    self._lost = f"the device failed: {_told(error)}"
                 self._fail(error)
                 continue
             if idle:  # the last outputs are on their way to their readers
@@ -169,12 +197,25 @@ class AsyncEngine:
                 with self._wake:
                     self._wake.wait(0.005)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         # Each is let go before it is told: those who come meanwhile wait for something else.
         for request_id in list(self._waiting):
             loop, queue = self._waiting.pop(request_id, (None, None))
             if loop is not None and queue is not None and not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, error)
+
+
+def _device_works() -> bool:
+    """Some of a device's errors are of one call; after others every call fails."""
+    try:
+        torch.accelerator.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 async def _in_a_thread_of_its_own(work: Callable[[], None]) -> None:

@@ -97,10 +97,9 @@ class Engine(StepLoop):
         """Requests, of whatever caller, that are not done."""
         return len(self._ids)
 
-    @property
-    def healthy(self) -> bool:
-        """Whether it can compute anything: processes that it needs may be lost."""
-        return True
+    def lost(self) -> str | None:
+        """Why nothing can be computed ever again, processes that it needs being lost for one; None while it can."""
+        return self.executor.lost()
 
     @property
     def load(self) -> EngineLoad:

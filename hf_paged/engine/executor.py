@@ -40,6 +40,10 @@ class Executor:
     """Steps over which running sequences are spread, each being in one at a time, so that pipeline stages compute
     different ones at once."""
 
+    def lost(self) -> str | None:
+        """Why no step can be computed ever again, where that is known; None else. Any thread may ask, at any time."""
+        return None
+
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         """Starts a step. What it returns waits for its results; steps land in the order of their launch.
 

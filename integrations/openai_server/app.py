@@ -197,12 +197,10 @@ def _add_probes(app: FastAPI, serving: Serving, metrics: EngineMetrics | Replica
         return _card(serving, name, serving.adapter(name))
 
     @app.get("/health", response_class=Response)
-    async def health() -> Response:
-        return Response(status_code=200 if serving.engine.engine.healthy else 503)
-
     @app.get("/ping", response_class=Response)
     @app.post("/ping", response_class=Response)
-    async def ping() -> Response:
+    async def health() -> Response:
+        serving.check_engine()
         return Response(status_code=200)
 
     @app.get("/version")

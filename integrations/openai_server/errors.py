@@ -77,18 +77,27 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        found = error.errors()
+        # Of a field that may have several types there is an error for each: the one that got furthest says most.
+        first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and not _is_type(part))
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         if first["loc"] == ("body",):
             return error_response(400, "the body must be a JSON object, sent with Content-Type: application/json")
         message = first["msg"]
+        if isinstance(given := first.get("input"), str | int | float):
+            message += f", got {given!r:.80}"
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             near = difflib.get_close_matches(name, _field_names(), n=1)
             message = "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
         return error_response(400, f"{where}: {message}" if where else message, where or None)
+
+
+def _is_type(part: str | int) -> bool:
+    """Whether a part of a place is no field but which of several types pydantic tried there."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str", "NamedToolChoice"))
 
 
 def _field_names() -> list[str]:

@@ -32,6 +32,7 @@ ERRORS = {
     "413": "The body is too large.",
     "429": "Too many requests are under way; Retry-After says when to try again.",
     "500": "The server's own mistake.",
+    "503": "The server must be started again; the message says why.",
 }
 EVENTS = {"schema": {"type": "string"}}
 """Of a stream: server-sent events, each a JSON object, then [DONE]."""
@@ -81,5 +82,7 @@ def _errors(path: str, method: str, has_body: bool, locked: bool) -> list[str]:
     if locked:
         found.append("401")
     if path in GENERATING:
-        found.append("429")
+        found += ["429", "503"]
+    if path in ("/health", "/ping"):
+        found.append("503")
     return sorted(found)

@@ -75,6 +75,8 @@ class ServerOptions:
         for name in ("port", "max_request_bytes", "request_timeout_s", "max_queued_requests", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.port > 65535:
+            raise ValueError(f"port must be 0 to 65535, got {self.port}")
         if self.request_timeout_s == 0:
             raise ValueError("request_timeout_s must be positive: no request arrives in no time")
         for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):

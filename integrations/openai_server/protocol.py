@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_N = 128
 """Samples per prompt, as OpenAI has it."""
@@ -16,10 +16,29 @@ StopString = Annotated[str, Field(max_length=1024)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
-class Body(BaseModel):
-    """Strict: a number in quotes or a boolean is no number, as the OpenAPI document has it."""
+def _say_null(schema: dict[str, Any]) -> None:
+    """Has the OpenAPI document say what `Body` does with null."""
+    for name, field in schema.get("properties", {}).items():
+        kinds = [field, *field.get("anyOf", [])]
+        if name not in schema.get("required", []) and not any(kind.get("type") == "null" for kind in kinds):
+            default = {"default": field.pop("default")} if "default" in field else {}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]} | default
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+class Body(BaseModel):
+    """Strict: a number in quotes or a boolean is no number. A field that is null is one that was left out."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_say_null
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unsaid(cls, given: Any) -> Any:
+        """OpenAI's optional fields may be null, which many programs send for what they leave alone."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
 
 
 class StreamOptions(Body):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import transformers
 
 from hf_paged.llm.arguments import EngineArgs
 from hf_paged.observe.logs import configure_logging
+
+if TYPE_CHECKING:
+    from hf_paged.integrations.openai_server.options import ServerOptions
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -17,6 +24,7 @@ def serve(arguments: Sequence[str]) -> None:
     Raises:
         ImportError: the extra is not installed; the message names it.
         ValueError, TypeError, FileNotFoundError: bad options.
+        OSError: nobody can listen at the address.
     """
     try:
         import fastapi  # noqa: F401
@@ -31,11 +39,14 @@ def serve(arguments: Sequence[str]) -> None:
         return
     options, args = parse_options(arguments)
     configure_logging(options.log_format)
+    if not sys.stderr.isatty():  # a log has no use for bars
+        transformers.utils.logging.disable_progress_bar()
     from hf_paged.integrations.openai_server.app import make_app
     from hf_paged.integrations.openai_server.connections import allow_many_connections, timed_protocol
     from hf_paged.integrations.openai_server.http_server import HttpServer
 
     allow_many_connections()
+    _check_before_loading(options)
     model, ranks = args.load()
     app = make_app(model, options, defaults=_defaults(model, args), name=str(args.model))
     try:
@@ -64,6 +75,28 @@ def serve(arguments: Sequence[str]) -> None:
             Path(options.uds).unlink(missing_ok=True)
         if ranks is not None:
             ranks.stop()
+
+
+def _check_before_loading(options: ServerOptions) -> None:
+    """What would else be seen when a large model has been loaded.
+
+    Raises:
+        FileNotFoundError: an adapter's folder is not there.
+        OSError: nobody can listen at the address.
+    """
+    for adapter in options.adapters():
+        if not Path(adapter.lora_path).is_dir():
+            raise FileNotFoundError(f"--lora-modules: there is no folder {adapter.lora_path} ({adapter.lora_name})")
+    if options.uds is not None or not options.port:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise OSError(f"cannot listen at {where} ({error.strerror}): give another --host or --port") from error
 
 
 def _defaults(model: object, args: EngineArgs) -> dict[str, object]:

@@ -81,6 +81,11 @@ class Serving:
     def intake(self) -> Intake:
         return self.engine.engine.intake
 
+    def check_engine(self) -> None:
+        """Raises ApiError (503) when nothing can be generated until the server is started again."""
+        if (why := self.engine.lost()) is not None:
+            raise ApiError(503, f"the server must be started again: {why}")
+
     def check_model(self, name: str | None) -> str:
         """The name to answer with.
 
@@ -117,8 +122,9 @@ class Serving:
 
         Raises:
             ValueError, TypeError: whatever is wrong with a prompt or its parameters.
-            ApiError: 404, the adapter is gone.
+            ApiError: 404, the adapter is gone; 503, the engine is.
         """
+        self.check_engine()
 
         def work() -> list[Request]:
             made = []

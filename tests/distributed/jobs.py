@@ -290,6 +290,7 @@ def faults(_: TensorParallel, out: Path, kind: str) -> dict[str, Any]:
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
 
     report("before", run())
+    report("fine", model.engine.executor.lost())
     plain = {"exact": False, "speculative_config": None, "max_model_len": None}
     eagle = {"method": "eagle3", "model": "nowhere"}
     refused = [{"exact": True}, {"speculative_config": eagle}, {"max_model_len": 9999}]
@@ -317,6 +318,7 @@ def faults(_: TensorParallel, out: Path, kind: str) -> dict[str, Any]:
         model.engine  # noqa: B018
         model.model.layers[-1].register_forward_hook(lambda *_: os._exit(9))
     report("death", attempt(run), attempt(run))
+    report("lost", model.engine.executor.lost())
     os._exit(0)  # a group with a dead member cannot be taken down
 
 

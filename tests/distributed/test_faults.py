@@ -88,3 +88,5 @@ def test_a_rank_that_dies(found: list[dict[str, Any]]) -> None:
     """In the middle of a forward."""
     for kind, message, seconds in found[0]["death"]:
         assert kind == "PeerLost" and "rank 1 ended" in message and seconds < 5
+    assert [rank["fine"] for rank in found] == [(None,)] * 2
+    assert "rank 1 ended" in found[0]["lost"][0]

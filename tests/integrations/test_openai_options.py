@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from hf_paged.cli import app
 from hf_paged.integrations.openai_server.options import help_text, parse_options
+from hf_paged.llm.arguments import EngineArgs
 
 
 def test_the_command_line() -> None:
@@ -74,3 +76,22 @@ def test_the_program_says_what_is_wrong(tiny_checkpoint: str) -> None:
     found = runner.invoke(app, ["serve", tiny_checkpoint, "--prot", "1"])
     assert found.exit_code == 2 and "--port" in found.output
     assert help_text().count("\n") > 30
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: EngineArgs) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(EngineArgs, "load", load)
+    monkeypatch.setattr("hf_paged.integrations.openai_server.run.configure_logging", lambda log_format: None)
+    runner: Any = CliRunner()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        found = runner.invoke(app, ["serve", "m", "--port", port])
+        assert found.exit_code == 1 and f"cannot listen at 127.0.0.1:{port}" in found.output.replace("\n", " ")
+    lora = ["--enable-lora", "--lora-modules", f"sql={tmp_path / 'nothing'}", "--port", "0"]
+    found = runner.invoke(app, ["serve", "m", *lora])
+    assert found.exit_code == 1 and "there is no folder" in found.output
+    assert runner.invoke(app, ["serve", "m", "--port", "70000"]).exit_code == 2

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_paged
 from hf_paged.integrations.openai_server import ServerOptions
+from hf_paged.integrations.openai_server.protocol import ChatCompletionRequest, CompletionRequest
 from hf_paged.sampling_params import SamplingParams
 
 OPTIONS = {"page_size": 16, "num_pages": 256, "max_num_seqs": 32}
@@ -246,6 +247,20 @@ def test_async_streams_all_at_once(live: Live) -> None:
     assert asyncio.run(main()) == expected
 
 
+def test_null_is_what_was_left_out(live: Live) -> None:
+    """Of every optional field, as many programs send them."""
+    asked = {"prompt": "The sea", "max_tokens": 4, "temperature": 0}
+    optional = {name: None for name, field in CompletionRequest.model_fields.items() if not field.is_required()}
+    expected = httpx.post(live.url + "/v1/completions", json=asked).json()["choices"]
+    found = httpx.post(live.url + "/v1/completions", json=optional | asked)
+    assert found.status_code == 200 and found.json()["choices"] == expected, found.text
+    chat = {name: None for name, field in ChatCompletionRequest.model_fields.items() if not field.is_required()}
+    nested = {"stream": True, "stream_options": {"include_usage": None, "continuous_usage_stats": None}}
+    body = chat | nested | {"messages": CHAT, "max_tokens": 2}
+    assert "data: [DONE]" in httpx.post(live.url + "/v1/chat/completions", json=body).text
+    assert "messages: Field required" in httpx.post(live.url + "/v1/chat/completions", json={"messages": None}).text
+
+
 def test_tokens_there_and_back(live: Live) -> None:
     text = "Grüße, 世界!"
     found = httpx.post(live.url + "/tokenize", json={"prompt": text, "return_token_strs": True}).json()
@@ -273,6 +288,20 @@ def test_probes_and_metrics(live: Live, client: openai.OpenAI) -> None:
     assert grown("inter_token_latency_seconds_count") == 4
     assert grown("request_generation_tokens_sum") == 5
     assert after['hf_paged:num_requests_running{model_name="tiny"}'] == 0
+
+
+def test_health_when_nothing_can_be_generated_any_more(
+    live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live.model.engine.executor, "lost", lambda: "rank 1 ended")
+    for path in ("/health", "/ping"):
+        told = httpx.get(live.url + path)
+        assert told.status_code == 503 and "rank 1 ended" in told.json()["error"]["message"]
+    with pytest.raises(openai.APIStatusError, match="started again: rank 1 ended") as refused:
+        client.completions.create(model="tiny", prompt="The sea", max_tokens=5)
+    assert refused.value.status_code == 503
+    monkeypatch.undo()
+    assert httpx.get(live.url + "/health").status_code == 200
 
 
 def scraped(live: Live) -> dict[str, float]:
