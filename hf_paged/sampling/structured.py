@@ -41,6 +41,18 @@ class Form:
 
         return xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=self._stop_token_ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Requests travel to other ranks; xgrammar's objects do as JSON alone."""
+        parts = self._compiled.serialize_json(), self._compiled.tokenizer_info.serialize_json()
+        return _read_form, (*parts, self._stop_token_ids)
+
+
+def _read_form(grammar: str, tokenizer: str, stop_token_ids: list[int]) -> Form:
+    import xgrammar
+
+    info = xgrammar.TokenizerInfo.deserialize_json(tokenizer)
+    return Form(xgrammar.CompiledGrammar.deserialize_json(grammar, info), stop_token_ids)
+
 
 class FormState:
     """How far a sequence has followed its form. Whatever interrupts it, it begins anew from the tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_the_form_holds_for_every_sample(model: Any, form: dict[str, Any], holds
 def test_cut_short_it_is_the_beginning_of_the_form(model: Any) -> None:
     (output,) = model.generate_many(["The sea"], sampling(json_object=True, max_tokens=12))
     assert output.outputs[0].text.startswith("{") and output.outputs[0].finish_reason == "length"
+
+
+def test_a_form_travels_to_other_ranks(model: Any) -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=8, structured_outputs=StructuredOutputsParams(regex="(red|green) [0-9]{3}")
+    )
+    requests = [model.engine.intake.request([5, 6, 7], params) for _ in range(2)]
+    requests[1].form = pickle.loads(pickle.dumps(requests[1].form))
+    last = {output.request_id: output for output in model.engine.run(requests)}
+    one, other = (last[request.request_id].outputs[0] for request in requests)
+    assert one.token_ids == other.token_ids and one.text.startswith(("red", "green"))
 
 
 def test_a_structural_tag(model: Any) -> None:
