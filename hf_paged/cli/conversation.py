@@ -108,6 +108,8 @@ def _listen(take: Callable[[str], None], commands: dict[str, Callable[[], None]]
         elif line:
             try:
                 take(line)
+            except KeyboardInterrupt:  # before the answer began, or as it ended
+                _write("\n")
             except AnswerError as error:
                 notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 

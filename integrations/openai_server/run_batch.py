@@ -173,8 +173,11 @@ async def _answer_all(lines: Iterator[BatchLine], ask: Ask, output: BatchOutput,
             await asyncio.wait_for(writer, 30)
         raise
     finally:
-        for task in (*workers, writer):
-            task.cancel()
+        # A cancellation may arrive as a request ends, and be lost there: the worker would go on to the next line.
+        while going := [task for task in (*workers, writer) if not task.done()]:
+            for task in going:
+                task.cancel()
+            await asyncio.wait(going, timeout=0.1)
         await asyncio.gather(*workers, writer, feeding, return_exceptions=True)
     return bad
 

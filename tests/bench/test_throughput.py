@@ -16,12 +16,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_paged import cli
 from hf_paged.bench import engines, isolate, models, peers, throughput
 from hf_paged.bench.floor import Floor, Rates
 from hf_paged.bench.run import EngineRun, Settings, TimeLimitError, best_of
 from hf_paged.bench.workloads import Workload, make_workload
-from hf_paged.cli import app
+from hf_paged.cli import app, terminal
 
 RATES = Rates(1e10, 1e11)
 WORK = Workload("three", [[5, 6, 7], [8] * 40, [9, 3]], [[12], [4], [30]])
@@ -261,7 +260,7 @@ def test_command_prints_json_or_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert data["runs"][0]["note"].count("pages of 64;") == 1
     assert data["runs"][1]["same_tokens"] == 1.0
     assert data["runs"][0]["floor_fraction"] > 0
-    monkeypatch.setattr(cli, "console", Console(width=240))
+    monkeypatch.setattr(terminal, "console", Console(width=240))
     result = CliRunner().invoke(app, [*command, "--workload", "samples"])
     assert result.exit_code == 0, result.output
     assert "of the floor" in result.output and "prompt read once" in result.output

@@ -112,7 +112,7 @@ def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> No
     recorder, shape = Replays(), (4, executor._max_pages, 4, 4)
     executor._graphs = graphs.DecodeGraphs(executor._runner, executor._backend, *shape, recorder=recorder, exact=True)
     executor._mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
-    executor._mixed._seen = set(itertools.product(executor._mixed.sizes, executor._mixed._sampled))
+    executor._mixed._seen = set(itertools.product(executor._mixed.sizes, executor._mixed._sampled, [False]))
     rows, values = reported(model.generate_many(PROMPTS, SAMPLING))
     assert recorder.count > 5 and executor._mixed._captured
     assert own_logprobs(model, rows) == values
