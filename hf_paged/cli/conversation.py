@@ -94,7 +94,8 @@ def _listen(take: Callable[[str], None], commands: dict[str, Callable[[], None]]
         try:
             line = input("> ").strip()
         except EOFError:
-            _write("\n")
+            with suppress(KeyboardInterrupt):  # it ends as it is
+                _write("\n")
             return
         except KeyboardInterrupt:
             notes.print("\n/exit or Ctrl-D ends the program", style="dim")
