@@ -52,6 +52,10 @@ class Executor:
         """
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Called whenever the tokens of all steps but the last one launched are known: what that one waits for to know
+        can be done."""
+
     def looks_ahead(self, request: Request) -> bool:
         """Whether the step after one that samples for this request may be launched before its token is known here."""
         return False

@@ -37,7 +37,7 @@ from hf_paged.model.runner import ModelRunner
 from hf_paged.model.selfcheck import check_model, check_prompt
 from hf_paged.model.weights import WeightWatch
 from hf_paged.quantization.bitsandbytes import why_uncapturable
-from hf_paged.sampling.device import DeviceSampler
+from hf_paged.sampling.device import DeviceSampler, Draw
 from hf_paged.sampling.sampler import Sampler
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.in_step import InStepDrafter, load_drafter
@@ -90,6 +90,8 @@ class HeldModel(Executor):
         """The stream of the last work: whatever comes next comes after it."""
         self._previous: Tensor | None = None
         """int64, the tokens that the last launched step sampled, on the device."""
+        self._waiting: Draw | None = None
+        """The draw of the last launched step, while it waits for what may be drawn."""
         self._watch = WeightWatch(self._lm)
         self._fuses = config.fuse_linear or (config.fuse_linear is None and on_gpu and not config.exact)
         self._fused: FusedLinears | None = None

@@ -21,7 +21,7 @@ from hf_paged.engine.request import Request, Sequence
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.stats import EngineStats, StepRecord
 from hf_paged.outputs import RequestOutput
-from hf_paged.sampling.sampler import NonFiniteLogits
+from hf_paged.sampling.errors import NonFiniteLogits
 from hf_paged.sampling_params import RequestOutputKind
 from hf_paged.speculative.speculator import Speculator
 
@@ -154,6 +154,7 @@ class StepLoop:
         touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
+        self.executor.settle()
         if not flight.batch.chunks and flight.batch.decodes:
             num_seqs = len(flight.batch.decodes) - sum(map(len, flight.batch.drafts.values()))
             tokens = self.stats.generation_tokens - known

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_paged.attention.shared import SharedPlan
 from hf_paged.engine.batch import Batch
@@ -17,13 +18,12 @@ from hf_paged.engine.executor import StepResult
 from hf_paged.engine.given_tokens import prompt_logprobs_of, scores_of
 from hf_paged.engine.held_model import HeldModel
 from hf_paged.engine.request import Request, Sequence
-from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
+from hf_paged.model.capture import CaptureFailed
+from hf_paged.model.graphs import DecodeGraphs
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.kv_scales import with_measured_scales
 from hf_paged.model.mixed_graphs import Kind
-from hf_paged.sampling.device import Landing, split_when_landed
-from hf_paged.sampling.logprobs import TokenLogprobs
-from hf_paged.sampling.sampler import Sampled
+from hf_paged.sampling.device import Draw, Drawn, Undrawn, split_when_landed
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,10 @@ class ModelExecutor(HeldModel):
     """A transformers model, its page storage, and a sampler.
 
     On a GPU a step is only enqueued by `launch`: tokens are sampled on the device, where the next step finds them, and
-    steps of decodes alone are CUDA graphs. Requests that need the host to sample (a penalty, a processor, ...) are
-    sampled before `launch` returns.
+    steps of decodes alone are CUDA graphs. What may be drawn can depend on tokens that the host does not know yet
+    (structured output, bad_words, ...): then the forward is enqueued by `launch`, and masks and draw by `settle`, while
+    the device computes it. Requests that need the host to sample (a penalty, a processor, ...) are sampled before
+    `launch` returns.
 
     Args:
         speculation: may name a draft model or head.
@@ -47,7 +49,13 @@ class ModelExecutor(HeldModel):
         with self._in_order():
             return self._launch(batch)
 
+    def settle(self) -> None:
+        if self._waiting is not None:
+            with self._in_order():
+                self._enqueue(self._waiting)
+
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+        self._waiting = None  # else of a step that was given up
         if self._measures:
             self._measure_scales(batch)
         for pool in self._pools() if batch.copies else ():
@@ -91,25 +99,28 @@ class ModelExecutor(HeldModel):
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
             count, dependent = len(batch.decodes), bool(batch.drafts)
-            fits = not batch.chunks and self._graphs.holds(count, dependent) and _all_fused(batch.decodes)
-            if fits and self._prepare_graph(count, shared is not None, dependent, adapted):
+            fits = not batch.chunks and self._graphs.holds(count, dependent)
+            kind = shared is not None, dependent, adapted, _all_fused(batch.decodes)
+            if fits and self._prepare_graph(count, *kind):
                 return self._replay(self._graphs, batch, writes, shared, adapted)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
         inputs = self._inputs.build(batch, shared)
-        kind = self._mixed_kind(batch, inputs, adapted)
-        if kind is not None:
-            return self._replay_mixed(kind, batch, inputs)
+        mixed_kind = self._mixed_kind(batch, inputs, adapted)
+        if mixed_kind is not None:
+            return self._replay_mixed(mixed_kind, batch, inputs)
         return self._compute(batch, inputs, adapted)
 
     def looks_ahead(self, request: Request) -> bool:
-        return self._looks_ahead and request.fused
+        return self._looks_ahead and (request.fused if self._device_sampler is None else request.device_drawn)
 
-    def _prepare_graph(self, count: int, shares: bool, dependent: bool = False, adapted: bool = False) -> bool:
-        """Whether there is a graph for so many decodes, which read something together or do not."""
+    def _prepare_graph(
+        self, count: int, shares: bool, dependent: bool = False, adapted: bool = False, draws: bool = True
+    ) -> bool:
+        """Whether there is a graph of a kind for so many decodes."""
         assert self._graphs is not None
         try:
-            self._graphs.prepare(count, shares, dependent, adapted)
+            self._graphs.prepare(count, shares, dependent, adapted, draws)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
             self._graphs.give_up(count, dependent)
@@ -131,13 +142,45 @@ class ModelExecutor(HeldModel):
         sources = self._inputs.sources(batch)
         self._bring_tokens(graphs, sources)
         assert self._device_sampler is not None
-        params, dependent = self._device_sampler.params, bool(batch.drafts)
-        landing = graphs.launch(batch.decodes, sources, params, writes, shared, dependent, adapted)
-        self._previous = graphs.tokens
-        return self._landed(landing, batch.decodes)
+        params, dependent, draws = self._device_sampler.params, bool(batch.drafts), _all_fused(batch.decodes)
+        graphs.launch(batch.decodes, sources, params, writes, shared, dependent, adapted, draws)
+        if not draws and self.draws:
+            return self._draw(graphs.undrawn(len(batch.decodes)), batch.decodes)
+        return self._landed(graphs, batch.decodes)
 
-    def _landed(self, landing: Landing, sequences: list[Sequence]) -> Callable[[], StepResult]:
-        return (lambda: _result(landing, sequences)) if self.draws else (lambda: StepResult([]))
+    def _landed(self, graphs: DecodeGraphs, sequences: list[Sequence]) -> Callable[[], StepResult]:
+        """Of a graph that has drawn its tokens."""
+        self._previous = graphs.tokens
+        if not self.draws:
+            return lambda: StepResult([])
+        landing = graphs.land()
+        return lambda: _result(landing.wait(sequences))
+
+    def _draw(self, undrawn: Undrawn, sequences: list[Sequence]) -> Callable[[], StepResult]:
+        """Draws of a step's logits: now, or when it is known what may be drawn."""
+        if not all(sequence.request.device_drawn for sequence in sequences):
+            return self._sample(undrawn.logits, sequences)
+        draw = Draw(undrawn, sequences)
+        self._waiting = draw
+        if not draw.waits:
+            self._enqueue(draw)
+
+        def land() -> StepResult:
+            if self._waiting is draw:
+                self.settle()
+            return _result(draw.wait())
+
+        return land
+
+    def _enqueue(self, draw: Draw) -> None:
+        self._waiting = None
+        self._previous = draw.enqueue()
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Callable[[], StepResult]:
+        """Samples with the host's help, before it returns."""
+        sampled = self._sampler.sample(logits, sequences)
+        self._previous = torch.tensor(sampled.tokens, dtype=torch.int64, device=self.layout.device)
+        return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors)
 
     def _bring_tokens(self, graphs: DecodeGraphs, sources: np.ndarray | None) -> None:
         """After a step without a graph: its tokens go to where graphs look for them, and `sources` say where."""
@@ -153,8 +196,8 @@ class ModelExecutor(HeldModel):
         """Which graph a step with prefill can run in, if any."""
         if self._mixed is None or not batch.chunks or any(first < end for first, end in inputs.prompt_rows):
             return None
-        kind = self._mixed.kind(batch, inputs, adapted)
-        if kind is None or not _all_fused(batch.sampled()):
+        kind = self._mixed.kind(batch, inputs, adapted, draws=_all_fused(batch.sampled()))
+        if kind is None:
             return None
         try:
             return kind if self._mixed.prepare(kind) else None
@@ -166,9 +209,11 @@ class ModelExecutor(HeldModel):
     def _replay_mixed(self, kind: Kind, batch: Batch, inputs: StepInputs) -> Callable[[], StepResult]:
         assert self._graphs is not None and self._mixed is not None and self._device_sampler is not None
         self._bring_tokens(self._graphs, inputs.sources)
-        landing = self._mixed.launch(kind, batch, inputs, self._device_sampler.params)
-        self._previous = self._graphs.tokens
-        return self._landed(landing, batch.sampled())
+        self._mixed.launch(kind, batch, inputs, self._device_sampler.params)
+        if not kind.draws and self.draws:
+            sequences = batch.sampled()
+            return self._draw(self._mixed.undrawn(len(sequences)), sequences)
+        return self._landed(self._graphs, batch.sampled())
 
     def _compute(self, batch: Batch, inputs: StepInputs, adapted: bool) -> Callable[[], StepResult]:
         logits = self._runner.forward(inputs, self._previous, adapted)
@@ -179,13 +224,13 @@ class ModelExecutor(HeldModel):
         scores = scores_of(batch, inputs, logits, self._runner.upload, exact=self._config.exact)
         if inputs.sample_rows != list(range(len(logits))):
             logits = logits[self._runner.upload(np.array(inputs.sample_rows, dtype=np.int64))]
-        if sequences and self._device_sampler is not None and _all_fused(sequences):
-            landing = self._device_sampler.sample(logits, sequences)
-            self._previous = landing.tokens_on_device
-            return lambda: _result(landing, sequences, prompt_logprobs, scores())
-        sampled = self._sampler.sample(logits, sequences) if sequences else Sampled([], [])
-        self._previous = torch.tensor(sampled.tokens, dtype=torch.int64, device=self.layout.device)
-        return lambda: StepResult(sampled.tokens, sampled.logprobs, sampled.errors, prompt_logprobs, scores=scores())
+        if not sequences:
+            return lambda: StepResult([], prompt_logprobs=prompt_logprobs, scores=scores())
+        if self._device_sampler is not None:
+            land = self._draw(self._device_sampler.stage(logits, sequences), sequences)
+        else:
+            land = self._sample(logits, sequences)
+        return lambda: replace(land(), prompt_logprobs=prompt_logprobs, scores=scores())
 
     def warm_up(self) -> None:
         self.wake_up()
@@ -208,13 +253,5 @@ def _all_fused(sequences: list[Sequence]) -> bool:
     return all(sequence.request.fused for sequence in sequences)
 
 
-def _result(
-    landing: Landing,
-    sequences: list[Sequence],
-    prompt_logprobs: list[list[TokenLogprobs]] | None = None,
-    scores: list[list[float]] | None = None,
-) -> StepResult:
-    drawn = landing.wait(sequences)
-    return StepResult(
-        drawn.tokens, errors=drawn.errors, prompt_logprobs=prompt_logprobs, drawn=drawn.logprobs, scores=scores
-    )
+def _result(drawn: Drawn) -> StepResult:
+    return StepResult(drawn.tokens, errors=drawn.errors, drawn=drawn.logprobs)

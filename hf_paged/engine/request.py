@@ -198,28 +198,26 @@ class Request:
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
-        untouched = not (
-            self.penalised
-            or self.bad_words
-            or sampling.logit_bias
-            or sampling.min_tokens
-            or sampling.allowed_token_ids is not None
-            or sampling.logits_processors
-            or hooks is not None
-            or form is not None
+        untouched = not (self.penalised or sampling.logit_bias or sampling.logits_processors or hooks is not None)
+        self.masked = bool(
+            self.bad_words or sampling.min_tokens or sampling.allowed_token_ids is not None or form is not None
         )
-        self.simple = untouched and sampling.logprobs is None
+        """What may be drawn next depends on the tokens before it."""
+        self.simple = untouched and not self.masked and sampling.logprobs is None
         """Nothing touches its logits before temperature, and nobody asks for log-probabilities."""
         self.shows_processed = self.logprobs_mode == "processed_logprobs" and sampling.logprobs is not None
         """Its log-probabilities are of what its tokens are drawn from."""
-        self.fused = (
+        self.device_drawn = (
             untouched
             and not self.shows_processed
             and sampling.logprobs in (None, 0)
             and sampling.prompt_logprobs is None
         )
-        """A device can sample it alone: nothing touches its logits before temperature, and nobody asks for more than
-        the log-probabilities of the sampled tokens, before filters."""
+        """A device can sample it, given a mask of what may be drawn if it is masked: nothing else touches its logits
+        before temperature, and nobody asks for more than the log-probabilities of the sampled tokens, before
+        filters."""
+        self.fused = self.device_drawn and not self.masked
+        """A device can sample it alone, before the host knows the token that comes before."""
         self.priority = sampling.priority
         self.reserved = 0
         """Slots kept free for siblings while the first sample's prompt is prefilled; the scheduler's."""

@@ -8,13 +8,9 @@ captures few. All graphs share one memory pool and one set of input and output b
 from __future__ import annotations
 
 import bisect
-import gc
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +21,11 @@ from hf_paged.attention.shared import SharedLimits, SharedPlan
 from hf_paged.engine.request import Sequence
 from hf_paged.kernels.shared_ranges import ITEM_FIELDS, SharedRanges
 from hf_paged.model.buffers import PackedBuffer
+from hf_paged.model.capture import Captured, CaptureFailed, CudaRecorder, Recorder
 from hf_paged.model.runner import ModelRunner, first_line
 from hf_paged.sampling.device import (
     Landing,
+    Undrawn,
     fill_parameters,
     parameter_fields,
     record,
@@ -35,7 +33,7 @@ from hf_paged.sampling.device import (
     sampling_rows,
     token_sampler,
 )
-from hf_paged.sampling.fused import SlotParams
+from hf_paged.sampling.fused import SamplingRows, SlotParams
 
 logger = logging.getLogger(__name__)
 
@@ -58,78 +56,8 @@ class Kind(NamedTuple):
     """With rows that read what others write."""
     adapted: bool
     """With rows that have adapters."""
-
-
-Attention = TypeVar("Attention")
-
-
-@dataclass(frozen=True, slots=True)
-class Captured(Generic[Attention]):
-    """A captured step."""
-
-    replay: Callable[[], None]
-    attention: Attention
-
-
-class Recorder(Protocol):
-    """Records what a function launches."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Calls `work` once without computing anything. What it returns launches all of it again."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, all of them over one memory pool."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._index = device.index if device.index is not None else torch.cuda.current_device()
-        self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        current = torch.cuda.current_stream()
-        current.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()  # it may find a pool that nobody has any more, and giving that back waits for the device
-        try:
-            self._capture(graph, work, current)
-        finally:
-            if collects:
-                gc.enable()
-        return graph.replay
-
-    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None], current: torch.cuda.Stream) -> None:
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # Other threads (a data loader, say) may use the device meanwhile.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with suppress(RuntimeError):  # what went wrong is told already
-                    self._end(graph)
-                raise
-            self._end(graph)
-        current.wait_stream(self._stream)
-
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            # It raises before it tells the allocator, which would go on as if the capture did.
-            with suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(self._index, self._memory)
-                torch._C._cuda_releasePool(self._index, self._memory)
-            raise
-
-
-def _draw_nothing(*_: Any, **__: Any) -> None:
-    """Where a step ends without logits."""
-
-
-class CaptureFailed(RuntimeError):
-    """The model does something in its forward that cannot be captured."""
+    draws: bool = True
+    """Tokens are drawn in it; else it ends with logits."""
 
 
 class DecodeGraphs:
@@ -162,8 +90,7 @@ class DecodeGraphs:
         from hf_paged.kernels.triton.prepare import prepare_decode, write_block_table
 
         self._prepare, self._write_table = prepare_decode, write_block_table
-        self.sample = token_sampler(exact) if draws else _draw_nothing
-        """What draws the tokens of a step; steps with prefill draw theirs with it too."""
+        self._draws, self._sample = draws, token_sampler(exact)
         self._runner, self._backend, self.page_size = runner, backend, page_size
         self._device = device = runner.layout.device
         self.sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
@@ -199,6 +126,8 @@ class DecodeGraphs:
         """The one that the device has."""
         self._half_shared = False
         """Whether an interrupt left it with neither."""
+        self._logits: Tensor | None = None
+        """`[rows, V]`, where steps leave them that do not draw."""
         self._captured: dict[Kind, Captured[CapturedDecode]] = {}
         self._given_up: set[int] = set()
         self.recorder = recorder or CudaRecorder(device)
@@ -225,19 +154,27 @@ class DecodeGraphs:
         device = (host.pin_memory() if self._device.type == "cuda" else host).to(self._device, non_blocking=True)
         self._write_table(device[:-1], device[-1:], self.block_table)
 
-    def prepare(self, count: int, shares: bool = False, dependent: bool = False, adapted: bool = False) -> None:
+    def prepare(
+        self,
+        count: int,
+        shares: bool = False,
+        dependent: bool = False,
+        adapted: bool = False,
+        draws: bool = True,
+    ) -> None:
         """Captures the graph for so many rows, if that has not been done.
 
         Args:
             shares: the one for steps with a plan of what rows share.
             dependent: the one for steps with rows that read what others write.
             adapted: the one for steps with rows that have adapters.
+            draws: the one that draws tokens; else the one that ends with logits.
 
         Raises:
             CaptureFailed: see there.
             torch.OutOfMemoryError: there is no room for it.
         """
-        kind = Kind(self._size(count, dependent), shares, dependent, adapted)
+        kind = Kind(self._size(count, dependent), shares, dependent, adapted, draws)
         if kind not in self._captured:
             self._captured[kind] = self._capture(kind)
 
@@ -250,8 +187,9 @@ class DecodeGraphs:
         shared: SharedPlan | None = None,
         dependent: bool = False,
         adapted: bool = False,
-    ) -> Landing:
-        """Enqueues one step of decodes, whose graph was prepared.
+        draws: bool = True,
+    ) -> None:
+        """Enqueues one step of decodes, whose graph was prepared; `land` or `undrawn` comes next.
 
         Args:
             sources: as in `StepInputs`, referring to `tokens`.
@@ -259,12 +197,10 @@ class DecodeGraphs:
             shared: what the rows share.
             dependent: whether rows read what others write.
             adapted: whether rows have adapters.
-
-        Returns:
-            the tokens to come; they are overwritten `in_flight` launches later.
+            draws: whether tokens are drawn.
         """
         size = self._size(len(sequences), dependent)
-        captured = self._captured[Kind(size, shared is not None, dependent, adapted)]
+        captured = self._captured[Kind(size, shared is not None, dependent, adapted, draws)]
         arrays = self._inputs.next()
         self._fill(arrays, sequences, sources, size)
         fill_parameters(arrays, sequences, params)
@@ -282,9 +218,23 @@ class DecodeGraphs:
             self.share(shared, arrays["slots"])
         captured.attention.plan(arrays["page_indptr"][: size + 1], arrays["last_page_lengths"][:size])
         captured.replay()
+
+    def land(self) -> Landing:
+        """The tokens of the step just launched; they are overwritten `in_flight` landings later."""
         host = self.outputs.next()
         self.outputs.download()
         return Landing(host, record(), self.tokens)
+
+    def undrawn(self, count: int, parameters: PackedBuffer | None = None) -> Undrawn:
+        """Of the step just launched, which drew no tokens: they are drawn before another one is launched.
+
+        Args:
+            count: rows that are sampled.
+            parameters: what holds theirs, if they are not the decode steps' own.
+        """
+        assert self._logits is not None
+        rows = sampling_rows((parameters or self._inputs).device, count)
+        return Undrawn(self._logits[:count], rows, self.outputs, self._sample)
 
     # ---- shared prefixes -----------------------------------------------------------------------------------
 
@@ -419,8 +369,16 @@ class DecodeGraphs:
         )
         ids, positions = self._input_ids[:size], self._positions[:size]
         logits = self._runner.compute(ids, positions, attention.run, adapted=kind.adapted)
-        self.sample(
-            logits,
-            sampling_rows(device, size),
-            **{name: result[:size] for name, result in results.items()},
-        )
+        self.finish(logits, sampling_rows(device, size), draws=kind.draws)
+
+    def finish(self, logits: Tensor, rows: SamplingRows, *, draws: bool) -> None:
+        """What a captured step ends with, one with prefill too: tokens, or logits left where `undrawn` finds them;
+        nothing where there are no logits."""
+        if not self._draws:
+            return
+        if draws:
+            self._sample(logits, rows, **{name: result[: len(logits)] for name, result in self.outputs.device.items()})
+            return
+        if self._logits is None:
+            self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
+        self._logits[: len(logits)] = logits

@@ -19,10 +19,11 @@ import torch
 from hf_paged.attention.backend import CapturedMixed, MixedBuffers, MixedCapturableBackend
 from hf_paged.engine.batch import Batch
 from hf_paged.model.buffers import PackedBuffer
-from hf_paged.model.graphs import Captured, CaptureFailed, DecodeGraphs
+from hf_paged.model.capture import Captured, CaptureFailed
+from hf_paged.model.graphs import DecodeGraphs
 from hf_paged.model.inputs import StepInputs
 from hf_paged.model.runner import ModelRunner, first_line
-from hf_paged.sampling.device import Landing, fill_parameters, parameter_fields, record, sampling_rows
+from hf_paged.sampling.device import Undrawn, fill_parameters, parameter_fields, sampling_rows
 from hf_paged.sampling.fused import SlotParams
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Kind(NamedTuple):
     """Rows that are sampled, at most."""
     adapted: bool
     """With rows that have adapters."""
+    draws: bool = True
+    """Tokens are drawn in it; else it ends with logits."""
 
     @property
     def decodes(self) -> int:
@@ -83,18 +86,19 @@ class MixedGraphs:
         self._seen: set[Kind] = set()
         self._captured: dict[Kind, Captured[CapturedMixed]] = {}
 
-    def kind(self, batch: Batch, inputs: StepInputs, adapted: bool = False) -> Kind | None:
+    def kind(self, batch: Batch, inputs: StepInputs, adapted: bool = False, draws: bool = True) -> Kind | None:
         """Which graph would do for a step, captured or not; None where none would.
 
         Args:
             adapted: whether rows have adapters.
+            draws: whether tokens are drawn in it.
         """
         tokens, sampled = len(inputs.token_ids), len(inputs.sample_rows)
         silent = sum(not chunk.samples for chunk in batch.chunks)
         if tokens > self.sizes[-1] or not 0 < sampled <= self._sampled[-1] or silent > SPARE_SPANS:
             return None
         place = bisect.bisect_left(self._sampled, sampled)
-        return Kind(self.sizes[bisect.bisect_left(self.sizes, tokens)], self._sampled[place], adapted)
+        return Kind(self.sizes[bisect.bisect_left(self.sizes, tokens)], self._sampled[place], adapted, draws)
 
     def prepare(self, kind: Kind) -> bool:
         """Whether there is a graph of a kind; captures it when it is asked for the second time.
@@ -110,14 +114,11 @@ class MixedGraphs:
             self._captured[kind] = self._capture(kind)
         return True
 
-    def launch(self, kind: Kind, batch: Batch, inputs: StepInputs, params: SlotParams) -> Landing:
-        """Enqueues one step whose graph was prepared.
+    def launch(self, kind: Kind, batch: Batch, inputs: StepInputs, params: SlotParams) -> None:
+        """Enqueues one step whose graph was prepared; the decode graphs' `land`, or `undrawn`, comes next.
 
         Args:
             inputs: whose `sources` refer to the decode graphs' `tokens`.
-
-        Returns:
-            the tokens to come; they are overwritten `in_flight` launches later.
         """
         room = kind.sampled
         arrays = self._inputs.next()
@@ -133,13 +134,14 @@ class MixedGraphs:
         spans = [(span.row, span.length, span.context) for span in inputs.attention.spans]
         captured.attention.plan(spans, [chunk.sequence.slot for chunk in batch.chunks])
         captured.replay()
-        host = self._decode.outputs.next()
-        self._decode.outputs.download()
-        return Landing(host, record(), self._decode.tokens)
+
+    def undrawn(self, count: int) -> Undrawn:
+        """As the decode graphs' own."""
+        return self._decode.undrawn(count, self._inputs)
 
     def _fill(self, arrays: dict[str, np.ndarray], batch: Batch, inputs: StepInputs, kind: Kind) -> None:
         """Everything but the sampling parameters."""
-        size, room, _ = kind
+        size, room = kind.tokens, kind.sampled
         tokens, decodes, attention = len(inputs.token_ids), len(batch.decodes), inputs.attention
         arrays["token_ids"][:tokens], arrays["token_ids"][tokens:size] = inputs.token_ids, 0
         arrays["positions"][:tokens], arrays["positions"][tokens:size] = inputs.positions, 0
@@ -155,7 +157,7 @@ class MixedGraphs:
 
     def _capture(self, kind: Kind) -> Captured[CapturedMixed]:
         start = time.monotonic()
-        size, room, _ = kind
+        size, room = kind.tokens, kind.sampled
         device, decodes = self._inputs.device, kind.decodes
         for name in ("token_ids", "positions", "lengths", "sample_rows"):
             device[name].zero_()
@@ -188,7 +190,7 @@ class MixedGraphs:
         return Captured(replay, attention)
 
     def _step(self, kind: Kind, attention: CapturedMixed) -> None:
-        size, room, adapted = kind
+        size, room = kind.tokens, kind.sampled
         device, results = self._inputs.device, self._decode.outputs.device
         ids = self._input_ids[:size]
         ids.copy_(device["token_ids"][:size])
@@ -196,6 +198,5 @@ class MixedGraphs:
         # A token of -1 is one that could not be sampled; its sequence ends when that is seen.
         known.copy_(torch.where(sources < 0, known, results["tokens"][sources.clamp(min=0)].clamp(min=0)))
         positions, wanted = device["positions"][:size], device["sample_rows"][:room]
-        logits = self._runner.compute(ids, positions, attention.run, wanted, adapted)
-        rows = sampling_rows(device, room)
-        self._decode.sample(logits, rows, **{name: result[:room] for name, result in results.items()})
+        logits = self._runner.compute(ids, positions, attention.run, wanted, kind.adapted)
+        self._decode.finish(logits, sampling_rows(device, room), draws=kind.draws)

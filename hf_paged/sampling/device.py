@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_paged.engine.request import Sequence
 from hf_paged.model.buffers import PackedBuffer
+from hf_paged.sampling.errors import NonFiniteLogits
 from hf_paged.sampling.fused import SamplingRows, SlotParams
-from hf_paged.sampling.sampler import NonFiniteLogits
+from hf_paged.sampling.masks import masks_of
 
 _PARAMETERS = {
     "temperature": torch.float32,
@@ -31,7 +32,14 @@ class TokenSampler(Protocol):
     """`sample_tokens`, or what does the same."""
 
     def __call__(
-        self, logits: Tensor, rows: SamplingRows, *, tokens: Tensor, logprobs: Tensor, ranks: Tensor
+        self,
+        logits: Tensor,
+        rows: SamplingRows,
+        *,
+        tokens: Tensor,
+        logprobs: Tensor,
+        ranks: Tensor,
+        mask: Tensor | None = None,
     ) -> None: ...
 
 
@@ -109,6 +117,64 @@ class Landing:
         return Drawn(tokens.tolist(), errors, logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class Undrawn:
+    """A step's logits on the device, and all that drawing its tokens takes, but for masks."""
+
+    logits: Tensor
+    """`[R, V]`."""
+    rows: SamplingRows
+    outputs: PackedBuffer
+    """Gets the results; see `result_fields`."""
+    sample: TokenSampler
+
+    def draw(self, mask: Tensor | None = None) -> Landing:
+        """Enqueues the draw.
+
+        Args:
+            mask: as in `masks_of`.
+        """
+        if mask is not None:
+            mask = mask.to(self.logits.device, non_blocking=True)
+        results = {name: array[: len(self.logits)] for name, array in self.outputs.device.items()}
+        self.sample(self.logits, self.rows, mask=mask, **results)
+        host = self.outputs.next()
+        self.outputs.download()
+        return Landing(host, record(), self.outputs.device["tokens"])
+
+
+class Draw:
+    """The draw of a step's tokens, to be enqueued as soon as the host knows what comes before them, if anything has to
+    be masked.
+
+    Args:
+        sequences: a row of the logits each.
+    """
+
+    def __init__(self, undrawn: Undrawn, sequences: list[Sequence]) -> None:
+        self._undrawn, self._sequences = undrawn, sequences
+        self._landing: Landing | None = None
+        self._errors: dict[int, Exception] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether tokens that masks depend on are still on their way."""
+        return any(sequence.request.masked and sequence.num_pending for sequence in self._sequences)
+
+    def enqueue(self) -> Tensor:
+        """Makes the masks and enqueues the draw. Returns the tokens to come, int64, in the order of the sequences."""
+        logits = self._undrawn.logits
+        mask, self._errors = masks_of(self._sequences, logits.shape[1], pinned=logits.is_cuda)
+        self._landing = self._undrawn.draw(mask)
+        return self._landing.tokens_on_device
+
+    def wait(self) -> Drawn:
+        """Waits for the tokens; they must have been enqueued."""
+        assert self._landing is not None
+        drawn = self._landing.wait(self._sequences)
+        return replace(drawn, errors=self._errors | drawn.errors)
+
+
 class DeviceSampler:
     """Samples steps that run without a graph.
 
@@ -130,10 +196,9 @@ class DeviceSampler:
         self._inputs = PackedBuffer(parameter_fields(rows), self._device, self._in_flight)
         self._outputs = PackedBuffer(result_fields(rows), self._device, self._in_flight)
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Landing:
-        """Enqueues the draw of one token per sequence from logits `[R, V]`, bfloat16, float16 or float32.
-
-        The results are overwritten `in_flight` calls later.
+    def stage(self, logits: Tensor, sequences: list[Sequence]) -> Undrawn:
+        """Has all ready for the draw of one token per sequence from logits `[R, V]`, bfloat16, float16 or float32: it
+        comes before the next call. Its results are overwritten by the draw `in_flight` calls later.
         """
         count = len(sequences)
         if count > self._rows:  # samples of one prompt that wait for a slot may be many
@@ -141,13 +206,7 @@ class DeviceSampler:
             self._make_buffers(2 * count)
         fill_parameters(self._inputs.next(), sequences, self.params)
         self._inputs.upload()
-        results = {name: array[:count] for name, array in self._outputs.device.items()}
-        token_sampler(self._exact)(logits, sampling_rows(self._inputs.device, count), **results)
-        # Taken before the buffers' next use: the step after this one reads its tokens from here.
-        tokens = results["tokens"].clone()
-        host = self._outputs.next()
-        self._outputs.download()
-        return Landing(host, record(), tokens)
+        return Undrawn(logits, sampling_rows(self._inputs.device, count), self._outputs, token_sampler(self._exact))
 
 
 def split_when_landed(values: Tensor, counts: list[int]) -> Callable[[], list[list[Any]]]:

@@ -81,15 +81,24 @@ def apply_penalties(logits: Tensor, sequences: list[Sequence], state: PenaltySta
     logits.sub_(frequency * counts).sub_(presence * generated)
 
 
-def forbid(logits: Tensor, sequence: Sequence) -> None:
-    """bad_words, min_tokens and allowed_token_ids, in place on one row `[V]`."""
+def forbidden(sequence: Sequence) -> list[int]:
+    """What bad_words and min_tokens forbid after the tokens that are known."""
     request = sequence.request
+    ids = []
     for word in request.bad_words:
         head = word[:-1]
         if not head or sequence.tokens[-len(head) :] == head:
-            logits[word[-1]] = -torch.inf
-    if sequence.num_generated < request.sampling.min_tokens and request.stop_token_ids:
-        logits[sorted(request.stop_token_ids)] = -torch.inf
+            ids.append(word[-1])
+    if sequence.num_generated < request.sampling.min_tokens:
+        ids.extend(sorted(request.stop_token_ids))
+    return ids
+
+
+def forbid(logits: Tensor, sequence: Sequence) -> None:
+    """bad_words, min_tokens and allowed_token_ids, in place on one row `[V]`."""
+    request = sequence.request
+    if ids := forbidden(sequence):
+        logits[ids] = -torch.inf
     if request.sampling.allowed_token_ids is not None:
         allowed = torch.tensor(request.sampling.allowed_token_ids, device=logits.device)
         kept = logits[allowed]

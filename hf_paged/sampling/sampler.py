@@ -12,18 +12,11 @@ from torch import Tensor
 from hf_paged.engine.request import Sequence
 from hf_paged.sampling import processors
 from hf_paged.sampling.draw import draw, filter_logits, uniforms
+from hf_paged.sampling.errors import NonFiniteLogits, NothingToSample
 from hf_paged.sampling.fused import rows_of
 from hf_paged.sampling.logprobs import TokenLogprobs, token_logprobs
 from hf_paged.sampling.structured import forbid_others
 from hf_paged.sampling_params import GREEDY_BELOW
-
-
-class NothingToSample(RuntimeError):
-    """Every token is forbidden, or a processor left logits that are not numbers."""
-
-
-class NonFiniteLogits(NothingToSample):
-    """The model's own logits are not numbers to sample from; nor may the keys and values be that it left."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import threading
 from collections.abc import Sequence as SequenceOf
@@ -22,6 +24,10 @@ MAX_DEPTH = 64
 """Of nested objects in a schema: xgrammar's time grows with a high power of it."""
 
 CACHE_BYTES = 512 << 20
+
+MANY = 4
+"""From so many masks on, threads make them."""
+MOST_THREADS = 8
 
 
 class Form:
@@ -59,57 +65,50 @@ class FormState:
 
     def __init__(self, form: Form) -> None:
         self._form = form
-        self._matcher = form.matcher()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        self.matcher = self._form.matcher()
         self._accepted: list[int] = []
 
-    def fill(self, rows: list[list[int]], mask: Tensor, places: SequenceOf[int]) -> None:
-        """What may come after each of some texts.
+    @property
+    def goes_on(self) -> bool:
+        """Whether anything may come next."""
+        return not self.matcher.is_terminated()
 
-        Args:
-            rows: token ids; each row begins with the one before it, as those that verify a draft do.
-            mask: int32 `[R, V / 32]`, a bit per token.
-            places: of the rows in it. One whose text is not of the form, as after a wrong draft, allows everything:
-                nobody wants its token.
+    def follow(self, row: Sequence) -> None:
+        """Goes to where a row stands. Its tokens begin with those that it has followed, or it begins anew.
 
         Raises:
-            ValueError: the first row is not of the form.
+            ValueError: they are not of the form.
         """
-        try:
-            self._go_to(rows[0])
-            matched = 0  # drafted tokens beyond the first row
-            of_the_form = True
-            for place, tokens in zip(places, rows, strict=True):
-                new = tokens[len(rows[0]) + matched :]
-                matched += len(new)
-                of_the_form = of_the_form and all(self._accept(token) for token in new)
-                if not of_the_form or self._matcher.is_terminated():
-                    mask[place] = -1
-                else:
-                    self._matcher.fill_next_token_bitmask(mask, place)
-            self._back_to(len(rows[0]))
-        except BaseException:
-            self._matcher, self._accepted = self._form.matcher(), []
-            raise
-
-    def _go_to(self, tokens: list[int]) -> None:
         known = len(self._accepted)
-        if known > len(tokens) or self._accepted != tokens[:known]:
-            self._back_to(0)
-            known = 0
-        for place in range(known, len(tokens)):
-            if not self._accept(tokens[place]):
-                raise ValueError(f"token {tokens[place]} at place {place} is not of the form that was asked for")
+        if known > row.num_generated:
+            self.go_back(row.num_generated)
+        elif known and _generated(row, known - 1)[0] != self._accepted[-1]:
+            self.begin_anew()
+        for token in _generated(row, len(self._accepted)):
+            if not self.accept(token):
+                raise ValueError(f"token {token} at place {len(self._accepted)} is not of the form that was asked for")
 
-    def _accept(self, token: int) -> bool:
-        if self._matcher.is_terminated() or not self._matcher.accept_token(token):
+    def accept(self, token: int) -> bool:
+        """Goes on by a token, if it may come next."""
+        if not self.goes_on or not self.matcher.accept_token(token):
             return False
         self._accepted.append(token)
         return True
 
-    def _back_to(self, count: int) -> None:
+    def go_back(self, count: int) -> None:
+        """To where it was after so many tokens."""
         if len(self._accepted) > count:
-            self._matcher.rollback(len(self._accepted) - count)
+            self.matcher.rollback(len(self._accepted) - count)
             del self._accepted[count:]
+
+
+def _generated(row: Sequence, first: int) -> list[int]:
+    """A row's generated tokens from one on."""
+    start, end = row.num_prompt + first, row.num_tokens - len(row.ahead)
+    return row.origin.tokens[start:end] + row.ahead[max(start - end, 0) :]
 
 
 class FormCompiler:
@@ -175,21 +174,76 @@ class FormCompiler:
         return compiler.compile_structural_tag(params.structural_tag or "")
 
     def _check_possible(self, form: Form, kind: str) -> None:
-        mask = new_mask(1, self._vocab_size)
+        mask = torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device="cpu")
         form.matcher().fill_next_token_bitmask(mask, 0)
         if not bool(mask.any()):
             raise ValueError(f"structured outputs: no text can be of this {kind}")
 
 
-def new_mask(rows: int, vocab_size: int, *, pinned: bool = False) -> Tensor:
-    """int32 `[rows, ceil(V / 32)]` on the CPU, zeros."""
-    return torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32, device="cpu", pin_memory=pinned)
+def fill_forms(mask: Tensor, sequences: list[Sequence], places: SequenceOf[int], errors: dict[int, Exception]) -> None:
+    """Writes what the forms of some rows allow into a mask of all rows, int32 `[R, ceil(V / 32)]` on the CPU.
+
+    Where a text has come to its end, or is not of the form, as after a wrong draft, the row stays as it is: nobody
+    wants its token.
+
+    Args:
+        places: the rows, those of one sequence one after another, each beginning with the one before it.
+        errors: gets, by row, what went wrong with one.
+    """
+    walks: dict[FormState, list[int]] = {}
+    for place in places:
+        if (form := sequences[place].request.form) is not None:
+            origin = sequences[place].origin
+            origin.form_state = origin.form_state or FormState(form)
+            walks.setdefault(origin.form_state, []).append(place)
+    try:
+        _walk(mask, sequences, walks, errors)
+        for state, rows in walks.items():
+            state.go_back(sequences[rows[0]].num_generated)  # what was drafted may be rejected
+    except BaseException:
+        for state in walks:
+            state.begin_anew()
+        raise
+
+
+def _walk(
+    mask: Tensor, sequences: list[Sequence], walks: dict[FormState, list[int]], errors: dict[int, Exception]
+) -> None:
+    """Row by row of each sequence, all sequences at once."""
+    depth = 0
+    while walks:
+        here: dict[FormState, list[int]] = {}
+        for state, rows in walks.items():
+            try:
+                state.follow(sequences[rows[depth]])
+            except (ValueError, RuntimeError) as error:
+                if not depth:
+                    state.begin_anew()
+                    errors.update(dict.fromkeys(rows, error))
+                continue
+            if state.goes_on:
+                here[state] = rows
+        matchers, places = [state.matcher for state in here], [rows[depth] for rows in here.values()]
+        if len(matchers) < MANY:
+            for matcher, place in zip(matchers, places, strict=True):
+                matcher.fill_next_token_bitmask(mask, place)
+        else:
+            _threads().batch_fill_next_token_bitmask(matchers, mask, places)
+        depth += 1
+        walks = {state: rows for state, rows in here.items() if len(rows) > depth}
+
+
+@functools.cache
+def _threads() -> Any:
+    """Fill masks on several cores, of those that this process may use."""
+    import xgrammar
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return xgrammar.BatchGrammarMatcher(max_threads=max(1, min(cores // 2, MOST_THREADS)))
 
 
 def forbid_others(logits: Tensor, sequences: list[Sequence], errors: dict[int, Exception]) -> None:
     """Minus infinity for what the rows' forms do not allow, in place on float32 `[R, V]`.
-
-    The masks are made on the host, while a device may still be at work on the logits.
 
     Args:
         errors: gets, by row, what went wrong with one.
@@ -199,27 +253,12 @@ def forbid_others(logits: Tensor, sequences: list[Sequence], errors: dict[int, E
         return
     import xgrammar
 
-    on_gpu = logits.device.type == "cuda"
-    mask = new_mask(len(logits), logits.shape[-1], pinned=on_gpu)
-    start = 0
-    while start < len(places):
-        origin = sequences[places[start]].origin
-        end = start + 1
-        while end < len(places) and sequences[places[end]].origin is origin:
-            end += 1
-        form = origin.request.form
-        assert form is not None
-        origin.form_state = origin.form_state or FormState(form)
-        try:
-            origin.form_state.fill([sequences[row].generated for row in places[start:end]], mask, places[start:end])
-        except (ValueError, RuntimeError) as error:
-            for row in places[start:end]:
-                mask[row] = -1
-                errors[row] = error
-        start = end
-    mask = mask.to(logits.device, non_blocking=True)
+    mask = torch.full((len(logits), -(-logits.shape[-1] // 32)), -1, dtype=torch.int32, device="cpu")
+    fill_forms(mask, sequences, places, errors)
     # Indices are those of rows in both.
-    xgrammar.apply_token_bitmask_inplace(logits, mask, indices=None if len(places) == len(logits) else places)
+    xgrammar.apply_token_bitmask_inplace(
+        logits, mask.to(logits.device), indices=None if len(places) == len(logits) else places
+    )
 
 
 class StructuredLogitsProcessor(LogitsProcessor):
@@ -238,7 +277,7 @@ class StructuredLogitsProcessor(LogitsProcessor):
 
         if self._num_prompt is None:  # the first call sees prompts alone
             self._num_prompt = input_ids.shape[1]
-        mask = new_mask(len(scores), scores.shape[-1])
+        mask = torch.zeros(len(scores), -(-scores.shape[-1] // 32), dtype=torch.int32, device="cpu")
         for row, tokens in enumerate(input_ids[:, self._num_prompt :].tolist()):
             matcher = self._form.matcher()
             if all(not matcher.is_terminated() and matcher.accept_token(token) for token in tokens):

@@ -23,9 +23,10 @@ from hf_paged.config import EngineConfig
 from hf_paged.engine.batch import Batch, Chunk, DraftRow
 from hf_paged.engine.defaults import token_budget
 from hf_paged.engine.request import Sequence
+from hf_paged.model.capture import CaptureFailed
 from hf_paged.model.compile import CompiledLayers, decoder_layers
 from hf_paged.model.fuse import FusedLinears, find_groups
-from hf_paged.model.graphs import CaptureFailed, DecodeGraphs
+from hf_paged.model.graphs import DecodeGraphs
 from hf_paged.model.inputs import InputBuilder
 from hf_paged.model.introspect import ModelLayout, causal_lm, dry_forward, inspect_model
 from hf_paged.model.linear import LeanLinears

@@ -69,8 +69,14 @@ def exact_logprobs(logits: Tensor, tokens: Tensor, scales: Tensor) -> Tensor:
 
 
 def sample_tokens_exactly(
-    logits: Tensor, rows: SamplingRows, *, tokens: Tensor, logprobs: Tensor, ranks: Tensor
+    logits: Tensor,
+    rows: SamplingRows,
+    *,
+    tokens: Tensor,
+    logprobs: Tensor,
+    ranks: Tensor,
+    mask: Tensor | None = None,
 ) -> None:
     """`sample_tokens` with log-probabilities by `exact_logprobs`."""
-    sample_tokens(logits, rows, tokens=tokens, logprobs=logprobs, ranks=ranks)
+    sample_tokens(logits, rows, tokens=tokens, logprobs=logprobs, ranks=ranks, mask=mask)
     logprobs.copy_(exact_logprobs(logits, tokens, rows.logprob_scale))

@@ -84,6 +84,17 @@ def _load_logits(row, start, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_allowed(row, mask_row, start, vocab, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits, -inf for tokens whose bits are 0."""
+    x = _load_logits(row, start, vocab, BLOCK)
+    if MASKED:
+        offsets = start + tl.arange(0, BLOCK)
+        words = tl.load(mask_row + offsets // 32, mask=offsets < vocab, other=0)
+        x = tl.where(((words >> (offsets % 32)) & 1) != 0, x, -float("inf"))
+    return x
+
+
+@triton.jit
 def _total_of(mass):
     """Exact sum of float32 masses, in units of 1 / ONE."""
     return tl.sum((mass * ONE).to(tl.int64))
@@ -104,8 +115,9 @@ def _search_lanes(first, second, first_weight, second_weight, low, high, target,
 
 @triton.jit
 def _search_row(
-    row, vocab, peak, scale, low, high, target, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):
+    row, mask_row, vocab, peak, scale, low, high, target,
+    MASKED: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """As `_search_lanes` over the whole row, of which each reading quarters the range. Weights are the masses
     exp2((x - peak) * scale), or 1."""
     while high - low > 1:
@@ -120,7 +132,7 @@ def _search_row(
         of_two = tl.zeros([BLOCK], dtype)
         of_three = tl.zeros([BLOCK], dtype)
         for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=2):
-            x = _load_logits(row, start, vocab, BLOCK)
+            x = _load_allowed(row, mask_row, start, vocab, MASKED, BLOCK)
             if MASS:
                 weight = tl.exp2((x - peak) * scale)
             else:
@@ -143,8 +155,8 @@ def _search_row(
 
 @triton.jit
 def _find_thresholds(
-    logits, row_stride, vocab, temperature, top_k, top_p, min_p, thresholds,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row_stride, mask, mask_stride, vocab, temperature, top_k, top_p, min_p, thresholds,
+    MASKED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The least logit that each row may draw.
 
@@ -162,11 +174,12 @@ def _find_thresholds(
     threshold = tl.full([], LOWEST, tl.float32)
     if (heat > 0) & (limited | (p < 1) | (relative > 0)):
         row = logits + program.to(tl.int64) * row_stride
+        mask_row = mask + program.to(tl.int64) * mask_stride
         first = tl.full([BLOCK], -float("inf"), tl.float32)
         second = first
         third = first
         for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
-            x = _load_logits(row, start, vocab, BLOCK)
+            x = _load_allowed(row, mask_row, start, vocab, MASKED, BLOCK)
             beaten = tl.minimum(first, x)
             first = tl.maximum(first, x)
             third = tl.maximum(third, tl.minimum(second, beaten))
@@ -181,7 +194,9 @@ def _find_thresholds(
             ones = tl.full([BLOCK], 1, tl.int32)
             low = _search_lanes(first, second, ones, ones, low, beyond, k, SHIFT)
             if low < dropped_key:
-                low = _search_row(row, vocab, peak, scale, low, dropped_key + 1, k, False, SHIFT, BLOCK)
+                low = _search_row(
+                    row, mask_row, vocab, peak, scale, low, dropped_key + 1, k, MASKED, False, SHIFT, BLOCK
+                )  # fmt: skip
             threshold = _value_of(low, SHIFT)
         if p < 1:
             first_mass = tl.where(first >= threshold, tl.exp2((first - peak) * scale), 0.0)
@@ -193,7 +208,7 @@ def _find_thresholds(
             else:
                 mass = tl.zeros([BLOCK], tl.float32)
                 for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
-                    x = _load_logits(row, start, vocab, BLOCK)
+                    x = _load_allowed(row, mask_row, start, vocab, MASKED, BLOCK)
                     mass += tl.where(x >= threshold, tl.exp2((x - peak) * scale), 0.0)
                 whole = _total_of(mass)
             target = (p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
@@ -203,7 +218,9 @@ def _find_thresholds(
             low = tl.maximum(low, _key_of(least, SHIFT))
             low = _search_lanes(first, second, first_weight, second_weight, low, beyond, target, SHIFT)
             if low < dropped_key:
-                low = _search_row(row, vocab, peak, scale, low, dropped_key + 1, target, True, SHIFT, BLOCK)
+                low = _search_row(
+                    row, mask_row, vocab, peak, scale, low, dropped_key + 1, target, MASKED, True, SHIFT, BLOCK
+                )  # fmt: skip
             threshold = _value_of(low, SHIFT)
         if relative > 0:
             threshold = tl.maximum(threshold, tl.fma(heat, tl.log(relative), peak))
@@ -246,11 +263,11 @@ def _exponential(bits):
 
 @triton.jit
 def _race(
-    logits, row_stride, vocab, temperature, keys, logprob_scale, thresholds, best_scores, best_tokens, peaks, sums,
-    BLOCK: tl.constexpr,
+    logits, row_stride, mask, mask_stride, vocab, temperature, keys, logprob_scale, thresholds,
+    best_scores, best_tokens, peaks, sums, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block of one row: the winner and its score, the maximum, and the sum of exponentials relative to it, of
-    scaled logits."""
+    scaled logits. The mask is for the winner alone."""
     block = tl.program_id(0)
     program = tl.program_id(1)
     x = _load_logits(logits + program.to(tl.int64) * row_stride, block * BLOCK, vocab, BLOCK)
@@ -268,6 +285,11 @@ def _race(
         # A tiny temperature can make it -inf, which is for tokens that are not drawn.
         score = tl.maximum(score, LOWEST)
     score = tl.where(x >= tl.load(thresholds + program), score, -float("inf"))
+    if MASKED:
+        mask_row = mask + program.to(tl.int64) * mask_stride
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        words = tl.load(mask_row + offsets // 32, mask=offsets < vocab, other=0)
+        score = tl.where(((words >> (offsets % 32)) & 1) != 0, score, -float("inf"))
     best, place = tl.max(score, 0, return_indices=True)  # the lowest index among equals
     out = program * tl.num_programs(0) + block
     tl.store(best_scores + out, best)
@@ -317,18 +339,33 @@ def race_block(rows: int, vocab: int) -> int:
     return block
 
 
-def find_thresholds(logits: Tensor, rows: SamplingRows, *, block: int = SEARCH_BLOCK) -> Tensor:
+def find_thresholds(
+    logits: Tensor, rows: SamplingRows, *, mask: Tensor | None = None, block: int = SEARCH_BLOCK
+) -> Tensor:
     """float32 `[B]`: the least logit that each row may draw; see `sample_tokens`."""
     thresholds = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _find_thresholds[(len(logits),)](
-        logits, logits.stride(0), logits.shape[1], rows.temperature, rows.top_k, rows.top_p, rows.min_p, thresholds,
-        SHIFT=KEY_SHIFTS[logits.dtype], BLOCK=block, num_warps=SEARCH_WARPS,
+        logits, logits.stride(0), *_pointer(mask, logits), logits.shape[1],
+        rows.temperature, rows.top_k, rows.top_p, rows.min_p, thresholds,
+        MASKED=mask is not None, SHIFT=KEY_SHIFTS[logits.dtype], BLOCK=block, num_warps=SEARCH_WARPS,
     )  # fmt: skip
     return thresholds
 
 
+def _pointer(mask: Tensor | None, logits: Tensor) -> tuple[Tensor, int]:
+    """What kernels take for a mask, and its stride: without one, anything that they do not look at."""
+    return (logits, 0) if mask is None else (mask, mask.stride(0))
+
+
 def sample_tokens(
-    logits: Tensor, rows: SamplingRows, *, tokens: Tensor, logprobs: Tensor, ranks: Tensor, block: int | None = None
+    logits: Tensor,
+    rows: SamplingRows,
+    *,
+    tokens: Tensor,
+    logprobs: Tensor,
+    ranks: Tensor,
+    mask: Tensor | None = None,
+    block: int | None = None,
 ) -> None:
     """Draws a token per row after temperature, top-k (ties with the k-th stay), top-p of what that left (ties with the
     last stay) and min-p, or takes the lowest index among the maxima.
@@ -340,6 +377,8 @@ def sample_tokens(
         logprobs: float32 `[B]`, written: the token's under the softmax of the logits times `rows.logprob_scale`,
             without filters; NaN beside a token of -1.
         ranks: int32 `[B]`, written: 1 + how many logits are larger, in rows that want it, else 0.
+        mask: int32 `[B, ceil(V / 32)]`, a bit per token, the lowest first: only tokens whose bit is 1 are drawn, at
+            least one per row. Log-probabilities and ranks are as without it.
         block: tokens per program of the draw; the result does not depend on it.
     """
     count, vocab = logits.shape
@@ -347,15 +386,21 @@ def sample_tokens(
         return
     if logits.stride(1) != 1:
         raise ValueError(f"the logits of a row must lie side by side, got strides {logits.stride()}")
+    if mask is not None and (mask.dtype != torch.int32 or mask.shape != (count, triton.cdiv(vocab, 32))):
+        raise ValueError(
+            f"a mask of {count} rows of {vocab} logits is int32 [{count}, {triton.cdiv(vocab, 32)}], got "
+            f"{mask.dtype} {list(mask.shape)}"
+        )
     block = block or race_block(count, vocab)
     num_blocks = triton.cdiv(vocab, block)
     with torch.cuda.device_of(logits):
-        thresholds = find_thresholds(logits, rows)
+        thresholds = find_thresholds(logits, rows, mask=mask)
         best_scores, peaks, sums = torch.empty(3, count, num_blocks, dtype=torch.float32, device=logits.device)
         best_tokens = torch.empty(count, num_blocks, dtype=torch.int32, device=logits.device)
         _race[(num_blocks, count)](
-            logits, logits.stride(0), vocab, rows.temperature, rows.keys, rows.logprob_scale, thresholds,
-            best_scores, best_tokens, peaks, sums, BLOCK=block, num_warps=max(4, block // 512),
+            logits, logits.stride(0), *_pointer(mask, logits), vocab, rows.temperature, rows.keys, rows.logprob_scale,
+            thresholds, best_scores, best_tokens, peaks, sums,
+            MASKED=mask is not None, BLOCK=block, num_warps=max(4, block // 512),
         )  # fmt: skip
         _finish[(count,)](
             logits, logits.stride(0), vocab, rows.wants_logprob, rows.logprob_scale, best_scores, best_tokens, peaks,

@@ -1,4 +1,4 @@
-"""Structured output on a GPU: masks there are applied by another kernel."""
+"""Structured output on a GPU: masks are made while the device computes, beside CUDA graphs and speculation."""
 
 from __future__ import annotations
 
@@ -7,24 +7,90 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from cuda.gpu_models import make
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import hf_paged
 from hf_paged import SamplingParams, StructuredOutputsParams
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+FORM = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2}")
+PROMPTS = ["The sea", "The sky", "The hill", "The road", "A ship", "A lamp"]
 
 
-def test_forms_beside_free_requests(tiny_checkpoint: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).cuda().eval()
-    hf_paged.wrap(model, num_pages=256)
-    form = StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2}")
-    free = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
-    params = [free, free.clone(structured_outputs=form, ignore_eos=False, n=3)] * 2
-    outputs = model.generate_many(["The sea", "The sky", "The hill", "The road"], params)
-    for output in outputs[1::2]:
-        assert all(re.fullmatch("[0-9]{3}-[a-f]{2}", sample.text) for sample in output.outputs)
-    (alone,) = model.generate_many(["The sea"], free)
-    assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Of bytes."""
+    pytest.importorskip("xgrammar")
+    vocabulary = {"<eos>": 0} | {symbol: 1 + i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+def wrapped(tokenizer: Any, **options: Any) -> Any:
+    model = make(vocab_size=264, initializer_range=0.1, eos_token_id=0)
+    return hf_paged.wrap(model, num_pages=256, max_num_seqs=8, tokenizer=tokenizer, compile="off", **options)
+
+
+def params(**options: Any) -> list[SamplingParams]:
+    """Free requests between formed ones."""
+    free = SamplingParams(max_tokens=12, ignore_eos=True, **options)
+    formed = free.clone(structured_outputs=FORM, stop_token_ids=[0])
+    few = free.clone(allowed_token_ids=[5, 9, 33, 63])
+    return [each.clone(seed=i) for i, each in enumerate([free, formed, few, formed, free, formed])]
+
+
+def test_forms_beside_free_requests(tokenizer: Any) -> None:
+    model = wrapped(tokenizer)
+    outputs = model.generate_many(PROMPTS, [each.clone(n=3) for each in params(logprobs=0)])
+    for place in (1, 3, 5):
+        assert all(re.fullmatch(FORM.regex, sample.text) for sample in outputs[place].outputs)
+    assert all(set(sample.token_ids) <= {5, 9, 33, 63} for sample in outputs[2].outputs)
+    captured = model.engine.executor._graphs._captured
+    assert not all(kind.draws for kind in captured), "steps with masks run in graphs"
+    (alone,) = model.generate_many(PROMPTS[:1], params(logprobs=0)[0].clone(n=3))
+    assert [s.token_ids for s in alone.outputs] == [s.token_ids for s in outputs[0].outputs]
+    hf_paged.unwrap(model)
+
+
+def test_nothing_waits_for_masks(tokenizer: Any) -> None:
+    """A step is launched before the tokens before it are known, and the same comes out as one by one."""
+    model = wrapped(tokenizer)
+    engine = model.engine
+    depth = []
+    engine.observers.append(lambda _: depth.append(len(engine._flights)))
+    ahead = [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, params())]
+    assert not engine._held and depth.count(1) > 5
+    hf_paged.unwrap(model)
+    model = wrapped(tokenizer, async_scheduling=False, cuda_graphs=False)
+    assert [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, params())] == ahead
+    hf_paged.unwrap(model)
+
+
+def test_with_drafts(tokenizer: Any) -> None:
+    model = wrapped(tokenizer)
+    expected = [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, params())]
+    hf_paged.unwrap(model)
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    model = wrapped(tokenizer, speculative_config=speculation)
+    assert [output.outputs[0].token_ids for output in model.generate_many(PROMPTS, params())] == expected
+    hf_paged.unwrap(model)
+
+
+def test_what_the_host_samples_runs_in_graphs(tokenizer: Any) -> None:
+    """Penalties need the host; the forward before them does not."""
+    model = wrapped(tokenizer)
+    penalised = [each.clone(repetition_penalty=1.3) for each in params(temperature=0.0)]
+    outputs = model.generate_many(PROMPTS, penalised)
+    assert any(not kind.draws for kind in model.engine.executor._graphs._captured)
+    hf_paged.unwrap(model)
+    model = wrapped(tokenizer, cuda_graphs=False)
+    plain = model.generate_many(PROMPTS, penalised)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    hf_paged.unwrap(model)

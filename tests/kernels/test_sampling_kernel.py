@@ -68,13 +68,16 @@ def scattered(count: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(row_keys(zeros + np.uint64(seed), zeros, np.arange(count, dtype=np.uint64)).view(np.int64))
 
 
-def sample(logits: Tensor, rows: SamplingRows, block: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    logits: Tensor, rows: SamplingRows, block: int | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities and ranks, on the CPU."""
     count = len(logits)
     tokens = torch.full((count,), -7, dtype=torch.int64, device=DEVICE)
     logprobs = torch.full((count,), -7.0, device=DEVICE)
     ranks = torch.full((count,), -7, dtype=torch.int32, device=DEVICE)
-    sample_tokens(logits.to(DEVICE), rows, tokens=tokens, logprobs=logprobs, ranks=ranks, block=block)
+    mask = None if mask is None else mask.to(DEVICE)
+    sample_tokens(logits.to(DEVICE), rows, tokens=tokens, logprobs=logprobs, ranks=ranks, mask=mask, block=block)
     return tokens.cpu(), logprobs.cpu(), ranks.cpu()
 
 
@@ -326,8 +329,8 @@ def test_tokens_have_their_probabilities(
     """One row drawn from with many keys; its threshold is found once, for the interpreter's sake."""
     find = sampling.find_thresholds
 
-    def find_once(logits: Tensor, rows: SamplingRows) -> Tensor:
-        return find(logits[:1], rows).expand(len(logits)).contiguous()
+    def find_once(logits: Tensor, rows: SamplingRows, **options: Any) -> Tensor:
+        return find(logits[:1], rows, **options).expand(len(logits)).contiguous()
 
     monkeypatch.setattr(sampling, "find_thresholds", find_once)
     assert_probabilities(options, 400, block=32)
@@ -455,7 +458,54 @@ def test_rows_that_lie_apart() -> None:
     assert all(torch.equal(one, other) for one, other in zip(apart, packed, strict=True))
 
 
+def packed_bits(allowed: Tensor) -> Tensor:
+    """bool `[B, V]` -> int32 `[B, ceil(V / 32)]`, the lowest bit first."""
+    padded = np.zeros((len(allowed), -(-allowed.shape[1] // 32) * 32), dtype=np.uint8)
+    padded[:, : allowed.shape[1]] = allowed.numpy()
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32).copy())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_masked_tokens_are_as_if_their_logits_were_not_there(data: st.DataObject) -> None:
+    """What is drawn is what would be of the others alone; log-probabilities and ranks are of all."""
+    vocab = data.draw(st.sampled_from([7, 32, 70, 129]))
+    block = data.draw(st.sampled_from([16, 64]))
+    count = 4
+    logits = random_logits(count, vocab, seed=data.draw(st.integers(0, 99)), scale=4.0)
+    share = data.draw(st.sampled_from([0.1, 0.5, 0.95]))
+    seed = data.draw(st.integers(0, 99))
+    allowed = torch.rand(count, vocab, generator=torch.Generator().manual_seed(seed)) < share
+    allowed[:, data.draw(st.integers(0, vocab - 1))] = True
+    allowed[3] = True
+    parameters = [0.0, 0.8, 1.3, 1.0], [0, 3, 0, 5], [1.0, 1.0, 0.7, 0.9], [0.0, 0.0, 0.05, 0.0]
+    rows = rows_of(count, *parameters)
+    tokens, logprobs, ranks = sample(logits, rows, block, packed_bits(allowed))
+    expected, _, _ = sample(logits.masked_fill(~allowed, -torch.inf), rows, block)
+    assert torch.equal(tokens, expected)
+    assert bool(allowed.gather(1, tokens[:, None]).all())
+    chosen = logits.gather(1, tokens[:, None])
+    assert torch.allclose(logprobs, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0], atol=1e-5)
+    assert torch.equal(ranks.long(), (logits > chosen).sum(-1) + 1)
+    whole, whole_logprobs, _ = sample(logits, rows, block)
+    assert whole[3] == tokens[3] and whole_logprobs[3] == logprobs[3]  # a neighbour's mask is not its own
+
+
+def test_thresholds_below_what_the_lanes_hold() -> None:
+    """A search that must read the row again reads the mask again too."""
+    logits = random_logits(2, 600, scale=0.01)
+    allowed = torch.zeros(2, 600, dtype=torch.bool)
+    allowed[:, ::2] = True
+    for top_k, top_p in ((250, 1.0), (0, 0.9)):
+        rows = rows_of(2, 1.0, top_k, top_p)
+        found = find_thresholds(logits.to(DEVICE), rows, mask=packed_bits(allowed).to(DEVICE), block=16)
+        expected = find_thresholds(logits.masked_fill(~allowed, -torch.inf).to(DEVICE), rows, block=16)
+        assert torch.equal(found, expected)
+
+
 def test_unusable_shapes() -> None:
+    with pytest.raises(ValueError, match=r"a mask of 2 rows of 40 logits is int32 \[2, 2\]"):
+        sample(torch.zeros(2, 40), rows_of(2), mask=torch.zeros(2, 1, dtype=torch.int32))
     sample(torch.zeros(0, 10), rows_of(0))
     with pytest.raises(ValueError, match="side by side"):
         sample(torch.zeros(10, 3).to(DEVICE).T, rows_of(3))

@@ -103,7 +103,7 @@ def test_scores_and_penalties_are_exact_too() -> None:
 @pytest.mark.parametrize("lookahead", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> None:
     """Decodes alone, and prefill beside decodes, from the device's buffers."""
-    for module in (graphs, mixed_graphs, device):
+    for module in (graphs, device):
         monkeypatch.setattr(module, "record", Landed)
     options = {"max_num_seqs": 4, "page_size": 4, "num_pages": 64, "async_scheduling": lookahead, "exact": True}
     model = hf_paged.wrap(small(), **options)
@@ -112,7 +112,7 @@ def test_steps_in_graphs(monkeypatch: pytest.MonkeyPatch, lookahead: bool) -> No
     recorder, shape = Replays(), (4, executor._max_pages, 4, 4)
     executor._graphs = graphs.DecodeGraphs(executor._runner, executor._backend, *shape, recorder=recorder, exact=True)
     executor._mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
-    executor._mixed._seen = set(itertools.product(executor._mixed.sizes, executor._mixed._sampled, [False]))
+    executor._mixed._seen = set(itertools.product(executor._mixed.sizes, executor._mixed._sampled, [False], [True]))
     rows, values = reported(model.generate_many(PROMPTS, SAMPLING))
     assert recorder.count > 5 and executor._mixed._captured
     assert own_logprobs(model, rows) == values

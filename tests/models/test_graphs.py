@@ -143,7 +143,8 @@ def test_warming_up_captures_all_there_are(expected: list[list[int]]) -> None:
     captured = dict(graphs_of(model)._captured)
     largest = max(kind.size for kind in captured)
     assert 20 <= largest <= 32, "nothing larger than all sequences need"
-    expected_kinds = {(1, False, False), *itertools.product((2, 4, 8, 16, largest), (False, True), (False,))}
+    plain = (False,), (False,), (True,)
+    expected_kinds = {(1, False, False, False, True), *itertools.product((2, 4, 8, 16, largest), (False, True), *plain)}
     assert set(captured) >= expected_kinds and all(not kind.dependent for kind in captured)
     assert answers(model, PROMPTS, [greedy(4 + i) for i in range(20)]) == [
         tokens[: 4 + i] for i, tokens in enumerate(expected)

@@ -17,6 +17,7 @@ from speculative.drafters import Alternating, Always
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
+import hf_paged.engine.model_executor
 from hf_paged.attention.shared import SharedPlanner
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Request
@@ -73,7 +74,7 @@ def graph_engine(
     """An engine whose steps are `Replays`, those with prefill from the first one on."""
     from hf_paged.attention.triton_backend import TritonBackend
 
-    for module in (graphs, mixed_graphs, device):
+    for module in (graphs, device):
         monkeypatch.setattr(module, "record", Landed)
     options = {"max_num_seqs": 4, "page_size": 4, "num_pages": 64, "async_scheduling": lookahead} | options
     engine = build_engine(model, hf_paged.EngineConfig(**options))
@@ -86,7 +87,7 @@ def graph_engine(
         executor._runner, executor._backend, 4, executor._max_pages, engine.executor.page_size, 16, recorder=recorder
     )
     mixed = mixed_graphs.MixedGraphs(executor._runner, executor._backend, executor._graphs, 10**6)
-    mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled, (False, True)))
+    mixed._seen = set(itertools.product(mixed.sizes, mixed._sampled, (False, True), (False, True)))
     executor._mixed = mixed
     return engine, recorder
 
@@ -111,7 +112,7 @@ def test_draws_in_flight_keep_their_results(monkeypatch: pytest.MonkeyPatch) -> 
     sampler = device.DeviceSampler(4, torch.device("cpu"), in_flight=3)
     sequences = Request("r", [1], hf_paged.SamplingParams(temperature=0.0)).sequences
     sequences[0].slot = 0
-    landings = [sampler.sample(torch.eye(8)[token : token + 1], sequences) for token in (5, 6, 7)]
+    landings = [sampler.stage(torch.eye(8)[token : token + 1], sequences).draw() for token in (5, 6, 7)]
     assert [landing.wait(sequences).tokens for landing in landings] == [[5], [6], [7]]
 
 
@@ -273,6 +274,100 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(
     greedy = hf_paged.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     assert run(engine, greedy) == stock(model, 2)
     assert sum("cannot be captured" in record.message for record in caplog.records) == 1
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+def masked_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Request]:
+    """Free ones between others of which less may be drawn, by what was drawn before."""
+    xgrammar = pytest.importorskip("xgrammar")
+    from hf_paged.sampling.structured import Form
+
+    words = ["<s>", "<pad>", "</s>", *(chr(ord("a") + i % 26) * (1 + i // 26) for i in range(61))]
+    info = xgrammar.TokenizerInfo(words, vocab_size=64, stop_token_ids=[2])
+    form = Form(xgrammar.GrammarCompiler(info).compile_regex("(ab|cd|x[y-z]{1,9})+"), [2])
+    monkeypatch.setattr(engine.intake, "compile_form", lambda *_: form)
+    free = hf_paged.SamplingParams(max_tokens=9, ignore_eos=True, **({"temperature": 0.0} | options))
+    formed = free.clone(structured_outputs=hf_paged.StructuredOutputsParams(regex="stands for it"), max_tokens=11)
+    few = free.clone(allowed_token_ids=[5, 9, 33, 63], max_tokens=5)
+    late = free.clone(stop_token_ids=list(range(3, 40)), min_tokens=4)
+    params = [free, formed, few, late, formed.clone(max_tokens=6), late]
+    return [engine.intake.request(prompts()[i % 4], each) for i, each in enumerate(params)]
+
+
+def tokens_of(engine: Engine, requests: list[Request]) -> list[list[list[int]]]:
+    last = {output.request_id: output for output in engine.run(requests)}
+    assert engine.scheduler.num_active_pages == 0 and not engine._held
+    return [[completion.token_ids for completion in last[request.request_id].outputs] for request in requests]
+
+
+def waiting_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the rows of each draw that waited for tokens."""
+    waited, settle = [], hf_paged.engine.model_executor.ModelExecutor.settle
+
+    def counted(executor: Any) -> None:
+        if executor._waiting is not None:
+            waited.append(len(executor._waiting._sequences))
+        settle(executor)
+
+    monkeypatch.setattr(hf_paged.engine.model_executor.ModelExecutor, "settle", counted)
+    return waited
+
+
+@pytest.mark.parametrize("options", [{}, {"num_pages": 9}, {"max_num_batched_tokens": 5}], ids=str)
+def test_masks_are_made_while_a_step_is_computed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """Looking ahead, in graphs, and with the tokens of steps that the host samples one by one."""
+    engine, recorder = graph_engine(model, monkeypatch, **options)
+    plain = build_engine(model, hf_paged.EngineConfig(max_num_seqs=4, page_size=4, num_pages=64))
+    expected = tokens_of(plain, masked_requests(plain, monkeypatch))
+    waited = waiting_draws(monkeypatch)
+    assert tokens_of(engine, masked_requests(engine, monkeypatch)) == expected
+    assert recorder.count > 5 and sum(rows > 1 for rows in waited) > 5
+    assert {kind.draws for kind in engine.executor._graphs._captured} >= {False}  # type: ignore[attr-defined]
+    assert engine.scheduler.stats.num_preemptions > 0 or "num_pages" not in options
+    alone = [request for request in masked_requests(engine, monkeypatch) if not request.masked]
+    assert tokens_of(engine, alone) == expected[:1], "a neighbour's mask is not its own"
+
+
+def test_masked_samples_and_log_probabilities(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws depend on seeds, not on graphs; log-probabilities are those without the mask."""
+    options = {"temperature": 0.8, "seed": 3, "logprobs": 0, "n": 2}
+    found = []
+    for graphs_wanted in (True, False):
+        engine, _ = graph_engine(model, monkeypatch, lookahead=graphs_wanted)
+        if not graphs_wanted:
+            engine.executor._graphs = engine.executor._mixed = None  # type: ignore[attr-defined]
+        requests = masked_requests(engine, monkeypatch, **options)
+        last = {output.request_id: output for output in engine.run(requests)}
+        found.append([last[request.request_id] for request in requests])
+    for request, output, other in zip(requests, *found, strict=True):
+        assert [o.token_ids for o in output.outputs] == [o.token_ids for o in other.outputs]
+        for completion in output.outputs:
+            with torch.no_grad():
+                ids = torch.tensor([request.prompt_token_ids + completion.token_ids])
+                log_probs = torch.log_softmax(model(ids).logits[0], -1)[request.num_prompt - 1 :]
+            for row, token, entry in zip(log_probs, completion.token_ids, completion.logprobs, strict=False):
+                assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+
+
+def test_an_interrupt_while_a_draw_waits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = graph_engine(model, monkeypatch)
+    expected = tokens_of(engine, masked_requests(engine, monkeypatch))
+    settle, times = engine.executor.settle, itertools.count()
+
+    def interrupted() -> None:
+        if engine.executor._waiting is not None and next(times) == 3:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        settle()
+
+    monkeypatch.setattr(engine.executor, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(engine, masked_requests(engine, monkeypatch))
+    assert engine.scheduler.num_active_pages == 0 and not engine.has_unfinished()
+    assert tokens_of(engine, masked_requests(engine, monkeypatch)) == expected
 
 
 # ---- speculation -------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_an_interrupted_step_forgets_nothing(model: Any, monkeypatch: pytest.Mon
 
     form = sampling(regex=CODE)
     expected = texts(model.generate_many(["The sea"], form))
-    accept, calls = FormState._accept, 0
+    accept, calls = FormState.accept, 0
 
     def interrupted(state: Any, token: int) -> bool:
         nonlocal calls
@@ -160,7 +160,7 @@ def test_an_interrupted_step_forgets_nothing(model: Any, monkeypatch: pytest.Mon
 
     engine = model.engine
     request_id = engine.add_request("The sea", form)
-    monkeypatch.setattr(FormState, "_accept", interrupted)
+    monkeypatch.setattr(FormState, "accept", interrupted)
     outputs = []
     while engine.has_unfinished():
         with contextlib.suppress(KeyboardInterrupt):
