@@ -133,7 +133,9 @@ class HeldModel(Executor):
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             rows = self.max_num_batched_tokens, self.max_num_seqs
             lora = self.adapters.layers if self.adapters is not None else None
-            activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact, lora=lora)
+            activations = measure_activations(
+                model, layout, self._backend, *rows, exact=config.exact, fused=self._fused, lora=lora
+            )
         self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
@@ -154,7 +156,15 @@ class HeldModel(Executor):
         rows = max(self.max_num_batched_tokens, self.max_num_seqs, self.max_verify_rows, MIXED_SIZES[-1])
         rank = max(16, 1 << (config.max_lora_rank - 1).bit_length())  # what kernels multiply by
         with torch.inference_mode(False):
-            layers = LoraLayers(self._lm, self.layout.modules, config.max_loras, rank, self.layout.kv_dtype, rows)
+            layers = LoraLayers(
+                self._lm,
+                self.layout.modules,
+                config.max_loras,
+                rank,
+                self.layout.kv_dtype,
+                rows,
+                self._fused.groups if self._fused is not None else (),
+            )
             return AdapterSlots(layers)
 
     def _choose_num_pages(self, activations: int) -> int:
