@@ -11,8 +11,9 @@ are 84 MB, 25 us of an H100's memory, or as long as half a dozen launches. With 
 all of them, and each matrix is read once, whole: down in a loop over the inputs, which is cut into parts of
 `SPLIT_INPUTS` for its latency; up in one load of `[columns, rank]`, without a loop. So what an addition costs is two
 launches, and in each the latency of a few loads one after another (where the rows begin, which they are, what is in
-them), whatever the size of tiles. Fewer launches are what helps, hence one pair for all layers with the same input. Of
-several tiles of rows each reads A and B again, out of the L2 cache.
+them), whatever the size of tiles. Fewer launches are what helps, hence one pair for all layers with the same input; on
+Hopper the second of them begins while the first still runs, with all that does not depend on it. Of several tiles of
+rows each reads A and B again, out of the L2 cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_paged.kernels.triton.device import can_overlap
 
 FEW_ROWS = 128
 """Up to so many rows, the way down is cut along the inputs: there are too few tiles to fill a GPU."""
@@ -32,8 +36,10 @@ MOST_SPLITS = 16
 @triton.jit(do_not_specialize=["num_rows"])
 def _shrink(
     x, a, order, starts, parts, num_rows, inputs, x_stride, a_stride, per_split,
-    LAYERS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYERS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()  # the way up waits where it needs the parts
     slot = tl.program_id(2)
     begin = tl.load(starts + slot) + tl.program_id(0) * BLOCK_M
     end = tl.load(starts + slot + 1)
@@ -76,6 +82,7 @@ def _columns(tile, SIZES: tl.constexpr, BLOCK_N: tl.constexpr):
 def _expand(
     parts, b, base, order, starts, out, num_rows, outputs, base_stride, b_stride, num_splits,
     SIZES: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(2)
     begin = tl.load(starts + slot) + tl.program_id(0) * BLOCK_M
@@ -89,15 +96,18 @@ def _expand(
     inside = (row < num_rows)[:, None] & (column < last)[None, :]
     line = tl.where(row < num_rows, row, 0).to(tl.int64)[:, None]
     value = tl.load(base + line * base_stride + column[None, :], mask=inside, other=0.0)
+    rank = tl.arange(0, RANK)
+    b_rows = b + slot.to(tl.int64) * b_stride + column.to(tl.int64)[None, :] * RANK
+    adapted = tl.where(slot < NUM_SLOTS, last, 0)  # no column is, where there is no slot
+    b_tile = tl.load(b_rows + rank[:, None], mask=(column < adapted)[None, :], other=0.0)
+    if OVERLAPS:
+        gdc_wait()  # without an adapter too: when this kernel has ended, the one before it must have
     if slot < NUM_SLOTS:
-        rank = tl.arange(0, RANK)
         low = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
         known = (place < end) & (place < num_rows)
         for split in range(num_splits):  # in one order: the same bits every time
             lines = parts + ((split * num_rows + place).to(tl.int64) * len(SIZES) + layer)[:, None] * RANK
             low += tl.load(lines + rank[None, :], mask=known[:, None], other=0.0)
-        b_rows = b + slot.to(tl.int64) * b_stride + column.to(tl.int64)[None, :] * RANK
-        b_tile = tl.load(b_rows + rank[:, None], mask=(column < last)[None, :], other=0.0)
         added = tl.dot(low.to(b_tile.dtype), b_tile, input_precision="ieee")
         value = (value.to(tl.float32) + added).to(value.dtype)
     tl.store(out + line * outputs + column[None, :], value, mask=inside)
@@ -137,13 +147,16 @@ def add_lora(base: Tensor, x: Tensor, a: Tensor, b: Tensor, order: Tensor, start
     tiles = triton.cdiv(rows, block_m)
     block_n = 128 if rank <= 128 else 64
     columns = sum(triton.cdiv(size, block_n) for size in sizes)
+    overlaps = can_overlap(x.device)
+    launch = {"launch_pdl": True} if overlaps else {}
     with torch.cuda.device_of(x):
         _shrink[(tiles, splits * layers, slots)](
             x, a, order, starts, parts, rows, inputs, x.stride(0), a.stride(0), per_split,
-            LAYERS=layers, RANK=rank, BLOCK_M=block_m, BLOCK_K=block_k,
+            LAYERS=layers, RANK=rank, BLOCK_M=block_m, BLOCK_K=block_k, OVERLAPS=overlaps,
         )  # fmt: skip
         _expand[(tiles, columns, slots + 1)](
             parts, b, base, order, starts, out, rows, outputs, base.stride(0), b.stride(0), splits,
             SIZES=tuple(sizes), RANK=rank, BLOCK_M=block_m, BLOCK_N=block_n, NUM_SLOTS=slots,
+            OVERLAPS=overlaps, **launch,
         )  # fmt: skip
     return out
