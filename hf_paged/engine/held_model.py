@@ -185,6 +185,12 @@ class HeldModel(Executor):
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
 
+    def _unfuse(self, fused: FusedLinears) -> None:
+        self._watch.forget()
+        if self.adapters is not None:
+            self.adapters.layers.forget()
+        fused.release()
+
     def _count_weights(self) -> int:
         """Those of quantised layers too, which are no parameters."""
         lm = self._lm
@@ -288,8 +294,7 @@ class HeldModel(Executor):
         with self._in_order():
             if self._fused is not None and not self._fused.intact():
                 logger.info("parameters moved: linear layers are fused anew")
-                self._watch.forget()
-                self._fused.release()
+                self._unfuse(self._fused)
                 self._fused = self._runner.fused = self._fuse()
             self._make_graphs()  # with an empty block table
         self._signs = self._read_signs()
@@ -354,8 +359,7 @@ class HeldModel(Executor):
         if self.storage is not None:
             self._drop()
         if self._fused is not None:
-            self._watch.forget()
-            self._fused.release()
+            self._unfuse(self._fused)
             self._fused = None
         if self.drafter is not None:
             self.drafter.close()

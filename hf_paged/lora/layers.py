@@ -132,6 +132,13 @@ class LoraLayers:
             for group in self._groups:
                 group.let_go()
 
+    def forget(self) -> None:
+        """Lets go of what was in the layers' places in the last step: weights that are fused anew must not be kept."""
+        for stand_in in self._stand_ins.values():
+            object.__setattr__(stand_in, "inner", stand_in.linear)
+        for group in self._groups:
+            group.forget()
+
     def _place(self, path: str) -> tuple[dict[str, Any], str]:
         """Where a layer is found: its parent's `_modules`, and its name there."""
         parent, _, name = path.rpartition(".")
@@ -247,9 +254,14 @@ class _Group:
         return self._slices
 
     def let_go(self) -> None:
-        """Holds no product any more."""
+        """Holds no output any more."""
         if self._product is not None:
             self._product.held = None
+
+    def forget(self) -> None:
+        """Holds no weights any more."""
+        self._product = None
+        self._slices = []
 
 
 def _is_plain(module: Any) -> bool:
