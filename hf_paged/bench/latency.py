@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch.autograd import DeviceType
 
 import hf_paged
 from hf_paged.bench.engines import START_LENGTH, start_engine, warm_up
@@ -174,16 +176,8 @@ class DecodeClock:
         """Prefills all prompts, then times rounds of steps with nothing but decoding."""
         engine, batch = self._engine, len(self._prompts)
         self._check_room(WARM_STEPS + steps * rounds)
-        engine.reset_prefix_cache()
         generated = engine.stats.generation_tokens
-        ids = [
-            engine.add_request(prompt, _sampling(self._temperature, None), lora_request=adapter)
-            for prompt, adapter in zip(self._prompts, self._adapters, strict=True)
-        ]
-        try:
-            self._prefill()
-            for _ in range(WARM_STEPS):
-                engine.step()
+        with self._decoding():
             before = engine.stats.generation_tokens - generated
             times = []
             for _ in range(rounds):
@@ -196,12 +190,39 @@ class DecodeClock:
             done = engine.stats.generation_tokens - generated - before
             if done != batch * steps * rounds:
                 raise ValueError(f"{steps * rounds} steps gave {done} tokens, not {batch} each")
+        mean_context = len(self._prompts[0]) + before / batch + steps * rounds / 2
+        return {"step_s": statistics.median(times), "rounds_s": times, "mean_context": mean_context}
+
+    def count_launches(self, device: torch.device) -> int | None:
+        """Kernels of one step that only decodes; None where there is no GPU that runs them."""
+        if device.type != "cuda":
+            return None
+        self._check_room(WARM_STEPS + 1)
+        with self._decoding():
+            synchronize(device)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                self._engine.step()
+                synchronize(device)
+        return count_kernels(profile.events() or ())
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Within it all prompts are done, and some steps of the batch."""
+        engine = self._engine
+        engine.reset_prefix_cache()
+        ids = [
+            engine.add_request(prompt, _sampling(self._temperature, None), lora_request=adapter)
+            for prompt, adapter in zip(self._prompts, self._adapters, strict=True)
+        ]
+        try:
+            self._prefill()
+            for _ in range(WARM_STEPS):
+                engine.step()
+            yield
         finally:
             engine.abort(ids)
             while engine.has_unfinished():
                 engine.step()
-        mean_context = len(self._prompts[0]) + before / batch + steps * rounds / 2
-        return {"step_s": statistics.median(times), "rounds_s": times, "mean_context": mean_context}
 
     def _prefill(self) -> None:
         """Steps until every prompt is done: those that are done early decode meanwhile."""
@@ -230,6 +251,12 @@ class DecodeClock:
             raise ValueError(
                 f"up to {pages} pages of {scheduler.page_size} tokens, and there are {scheduler.num_pages}"
             )
+
+
+def count_kernels(events: Iterable[Any]) -> int:
+    """How many of torch's profiler's events are kernels on a GPU, not copies, fillings or labels."""
+    on_gpu = [event for event in events if event.device_type is DeviceType.CUDA and not event.is_user_annotation]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 
 def as_table(result: dict[str, Any]) -> Table:

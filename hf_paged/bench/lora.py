@@ -54,7 +54,8 @@ def run_lora(
         options: fields of `EngineConfig`.
 
     Returns:
-        per batch the seconds of a step: "base_s" of an engine without `enable_lora`, and by count of one with it.
+        per batch the seconds of a step: "base_s" of an engine without `enable_lora`, and by count of one with it; and
+        the kernels of a step, "base_launches" and by count "launches", None without a GPU.
 
     Raises:
         ValueError: a name that is not known, or what does not fit the engine.
@@ -65,11 +66,12 @@ def run_lora(
     prompts = [[draw.randrange(subject.config.vocab_size) for _ in range(context)] for _ in range(most)]
     options = {"max_num_seqs": max(most, 8)} | (options or {})
     room = {"enable_lora": True, "max_loras": max(*counts, 1), "max_lora_rank": rank}
-    rows: list[dict[str, Any]] = [{"batch": batch, "adapters": {}} for batch in batches]
+    rows: list[dict[str, Any]] = [{"batch": batch, "adapters": {}, "launches": {}} for batch in batches]
 
-    def measure(batch: int, adapters: list[hf_paged.LoRARequest | None] | None = None) -> float:
+    def measure(batch: int, adapters: list[hf_paged.LoRARequest | None] | None = None) -> tuple[float, int | None]:
         clock = DecodeClock(model.engine, prompts[:batch], 0.0, adapters)
-        return float(clock.measure(steps, rounds, subject.device)["step_s"])
+        seconds = float(clock.measure(steps, rounds, subject.device)["step_s"])
+        return seconds, clock.count_launches(subject.device)
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -77,7 +79,7 @@ def run_lora(
             start_engine(model, options, prompts[0])
             warm_up(model, prompts, 0.0)
             for row in rows:
-                row["base_s"] = measure(row["batch"])
+                row["base_s"], row["base_launches"] = measure(row["batch"])
             hf_paged.unwrap(model)
             free_memory()
             log("with room for adapters ...")
@@ -89,7 +91,7 @@ def run_lora(
                 for count in counts:
                     log(f"{row['batch']} sequences, {count} adapters ...")
                     turns = [made[place % count] if count else None for place in range(row["batch"])]
-                    row["adapters"][str(count)] = measure(row["batch"], turns)
+                    row["adapters"][str(count)], row["launches"][str(count)] = measure(row["batch"], turns)
         finally:
             hf_paged.unwrap(model)
     return {
@@ -123,14 +125,22 @@ def as_table(result: dict[str, Any]) -> Table:
     """The same for people."""
     title = f"{result['model']}, {result['quantization'] or result['dtype']}: decode steps in ms, rank {result['rank']}"
     counts = list(result["decode"][0]["adapters"])
-    table = Table(title=title)
+    table = Table(title=title, caption="in brackets: of the time without room, and kernels of a step on a GPU")
     for column in ("batch", "no room", *(f"{count} adapters" for count in counts)):
         table.add_column(column, justify="right")
     for row in result["decode"]:
         base = row["base_s"]
-        times = [f"{row['adapters'][c] * 1e3:.3f} ({row['adapters'][c] / base:.2f}x)" for c in counts]
-        table.add_row(str(row["batch"]), f"{base * 1e3:.3f}", *times)
+        times = [
+            _cell(row["adapters"][count], f"{row['adapters'][count] / base:.2f}x", row["launches"][count])
+            for count in counts
+        ]
+        table.add_row(str(row["batch"]), _cell(base, None, row["base_launches"]), *times)
     return table
+
+
+def _cell(seconds: float, ratio: str | None, launches: int | None) -> str:
+    notes = [note for note in (ratio, None if launches is None else f"{launches} kernels") if note is not None]
+    return f"{seconds * 1e3:.3f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

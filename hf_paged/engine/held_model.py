@@ -135,7 +135,9 @@ class HeldModel(Executor):
         if on_gpu and config.num_pages is None and config.kv_cache_memory_bytes is None:
             rows = self.max_num_batched_tokens, self.max_num_seqs
             lora = self.adapters.layers if self.adapters is not None else None
-            activations = measure_activations(model, layout, self._backend, *rows, exact=config.exact, lora=lora)
+            activations = measure_activations(
+                model, layout, self._backend, *rows, exact=config.exact, fused=self._fused, lora=lora
+            )
         self.num_pages = self._choose_num_pages(activations)
         self._max_pages = -(-self.max_model_len // self.page_size) + 1
         self._inputs = InputBuilder(self.page_size, self.max_num_seqs, self._max_pages)
@@ -156,7 +158,15 @@ class HeldModel(Executor):
         rows = max(self.max_num_batched_tokens, self.max_num_seqs, self.max_verify_rows, MIXED_SIZES[-1])
         rank = max(16, 1 << (config.max_lora_rank - 1).bit_length())  # what kernels multiply by
         with torch.inference_mode(False):
-            layers = LoraLayers(self._lm, self.layout.modules, config.max_loras, rank, self.layout.kv_dtype, rows)
+            layers = LoraLayers(
+                self._lm,
+                self.layout.modules,
+                config.max_loras,
+                rank,
+                self.layout.kv_dtype,
+                rows,
+                self._fused.groups if self._fused is not None else (),
+            )
             return AdapterSlots(layers)
 
     def _choose_num_pages(self, activations: int) -> int:
@@ -176,6 +186,12 @@ class HeldModel(Executor):
             return None
         groups = find_groups(self._lm, lambda: dry_forward(self._lm))
         return FusedLinears(groups) if groups else None
+
+    def _unfuse(self, fused: FusedLinears) -> None:
+        self._watch.forget()
+        if self.adapters is not None:
+            self.adapters.layers.forget()
+        fused.release()
 
     def _count_weights(self) -> int:
         """Those of quantised layers too, which are no parameters."""
@@ -280,8 +296,7 @@ class HeldModel(Executor):
         with self._in_order():
             if self._fused is not None and not self._fused.intact():
                 logger.info("parameters moved: linear layers are fused anew")
-                self._watch.forget()
-                self._fused.release()
+                self._unfuse(self._fused)
                 self._fused = self._runner.fused = self._fuse()
             self._make_graphs()  # with an empty block table
         self._signs = self._read_signs()
@@ -346,8 +361,7 @@ class HeldModel(Executor):
         if self.storage is not None:
             self._drop()
         if self._fused is not None:
-            self._watch.forget()
-            self._fused.release()
+            self._unfuse(self._fused)
             self._fused = None
         if self.drafter is not None:
             self.drafter.close()

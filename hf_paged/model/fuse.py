@@ -88,15 +88,20 @@ class FusedLinears:
     """
 
     def __init__(self, groups: list[Group]) -> None:
-        self._products: list[_Product] = []
+        self._products: list[_Joined] = []
         self._slices: list[tuple[Member, nn.Module]] = []
         for group in groups:
             linears = [member.linear for member in group]
             product = _JoinedLayer(linears) if isinstance(linears[0], Joinable) else _JoinedWeights(linears)
             self._products.append(product)
-            self._slices += [(member, _slice(member.linear, product, place)) for place, member in enumerate(group)]
+            self._slices += zip(group, slices(product, linears, linears), strict=True)
         self._released = False
         _return_freed_memory()
+
+    @property
+    def groups(self) -> list[list[nn.Module]]:
+        """The layers of each group, in the order they are called in."""
+        return [product.linears for product in self._products]
 
     def installed(self) -> _Installed:
         """A context: within it, forwards without grad compute one product per group. Needs `intact()`."""
@@ -123,18 +128,31 @@ class FusedLinears:
         _return_freed_memory()
 
 
-class _Product:
-    """One group's joined weights, and their product with an input while the members take their parts of it."""
+class Product:
+    """What layers with one input are computed as, and the last such product while they take their parts of it.
 
-    def __init__(self, linears: list[Any]) -> None:
-        self.sizes = [linear.out_features for linear in linears]
-        self.homes: list[tuple[dict[str, Any], str, int]] = []
-        """Where each parameter or buffer is found, and its address."""
+    Args:
+        sizes: outputs of each layer.
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
         self.held: tuple[Tensor, tuple[Tensor, ...]] | None = None
         """An input and the parts of its product. One attribute, so that another thread finds both or neither."""
 
     def multiply(self, input: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., sum(sizes)]`, without grad."""
         raise NotImplementedError
+
+
+class _Joined(Product):
+    """Of one group's joined weights."""
+
+    def __init__(self, linears: list[Any]) -> None:
+        super().__init__([linear.out_features for linear in linears])
+        self.linears = linears
+        self.homes: list[tuple[dict[str, Any], str, int]] = []
+        """Where each parameter or buffer is found, and its address."""
 
     def intact(self) -> bool:
         try:
@@ -154,7 +172,7 @@ class _Product:
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-class _JoinedLayer(_Product):
+class _JoinedLayer(_Joined):
     """Of layers that join themselves."""
 
     @torch.inference_mode(False)
@@ -171,7 +189,7 @@ class _JoinedLayer(_Product):
         return self.layer(input)
 
 
-class _JoinedWeights(_Product):
+class _JoinedWeights(_Joined):
     """Of ordinary linear layers."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
@@ -196,7 +214,7 @@ class _JoinedWeights(_Product):
         return nn.Parameter(joined, requires_grad=False)
 
 
-class _Slice(nn.Module):
+class Slice(nn.Module):
     """Stands in for a linear layer whose group is computed as one product.
 
     It shares the layer's `__dict__` and so is that layer, parameters, hooks and mode included, to whoever looks at it;
@@ -204,26 +222,30 @@ class _Slice(nn.Module):
     """
 
     linear: Any
+    product: Product
     place: int
-    product: _Product
+    """The layer's, in its group."""
+    alone: Any
+    """What computes the layer without the others: by a forward with grad, or of another input than theirs."""
 
-    def __init__(self, linear: Any, product: _Product, place: int) -> None:
+    def __init__(self, linear: Any, product: Product, place: int, alone: Any) -> None:
         # Past nn.Module's own `__setattr__`, which would make the layer a child of itself.
-        for name, value in (("__dict__", linear.__dict__), ("linear", linear), ("product", product), ("place", place)):
+        object.__setattr__(self, "__dict__", linear.__dict__)
+        for name, value in (("linear", linear), ("product", product), ("place", place), ("alone", alone)):
             object.__setattr__(self, name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`, not contiguous: columns of the group's product."""
         product, place = self.product, self.place
         if torch.is_grad_enabled():
-            return super().forward(input)
+            return self.alone.forward(input)  # not its call: hooks are this module's too
         if place == 0:
             parts = product.multiply(input).split(product.sizes, -1)
             product.held = input, parts
             return parts[0]
         held = product.held
         if held is None or held[0] is not input:
-            return super().forward(input)
+            return self.alone.forward(input)
         if place == len(product.sizes) - 1:
             product.held = None
         return held[1][place]
@@ -235,12 +257,20 @@ class _Slice(nn.Module):
 
 @functools.cache
 def _slice_class(kind: Any) -> Any:
-    return type("_Slice", (_Slice, kind), {"__slots__": ("linear", "place", "product")})
+    return type("_Slice", (Slice, kind), {"__slots__": ("alone", "linear", "place", "product")})
 
 
-def _slice(linear: Any, product: _Product, place: int) -> nn.Module:
-    kind: Any = type(linear)
-    return _slice_class(kind)(linear, product, place)
+def slices(product: Product, linears: list[Any], alone: list[Any]) -> list[Slice]:
+    """Stand-ins for the linear layers of a product.
+
+    Args:
+        alone: what computes each of them without the others, by its `forward`.
+    """
+    found = []
+    for place, (linear, by_itself) in enumerate(zip(linears, alone, strict=True)):
+        kind: Any = type(linear)
+        found.append(_slice_class(kind)(linear, product, place, by_itself))
+    return found
 
 
 class _Installed:
@@ -248,7 +278,7 @@ class _Installed:
 
     __slots__ = ("_products", "_slices")
 
-    def __init__(self, slices: list[tuple[Member, nn.Module]], products: list[_Product]) -> None:
+    def __init__(self, slices: list[tuple[Member, nn.Module]], products: list[_Joined]) -> None:
         self._slices, self._products = slices, products
 
     def __enter__(self) -> None:

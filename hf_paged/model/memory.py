@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_paged.attention.backend import AttentionBackend, LayerSpec
 from hf_paged.cache.storage import KVStorage
 from hf_paged.lora.layers import LoraLayers
+from hf_paged.model.fuse import FusedLinears
 from hf_paged.model.introspect import ModelLayout
 from hf_paged.model.runner import ModelRunner
 
@@ -23,6 +24,7 @@ def measure_activations(
     num_rows: int,
     *,
     exact: bool = False,
+    fused: FusedLinears | None = None,
     lora: LoraLayers | None = None,
 ) -> int:
     """Bytes of GPU memory that the largest step takes at its peak: it is computed once, attending to nothing.
@@ -30,11 +32,12 @@ def measure_activations(
     Args:
         num_tokens: rows of the step.
         num_rows: of these, rows whose logits are wanted.
+        exact, fused: as in `ModelRunner`.
         lora: places for adapters, if there are any: then the step has some.
     """
     device = layout.device
     storage = KVStorage(layout.layers, 1, 1, dtype=layout.kv_dtype, device=device, layout=backend.layout)
-    runner = ModelRunner(model, layout, backend, storage, exact=exact, lora=lora)
+    runner = ModelRunner(model, layout, backend, storage, exact=exact, fused=fused, lora=lora)
 
     def attend(
         layer: LayerSpec,

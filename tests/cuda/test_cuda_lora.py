@@ -35,17 +35,26 @@ def save(root: Path, make_base: Any, alpha: int = 8) -> dict[str, LoRARequest]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(4096, 6144, 16), (4096, 1024, 64), (14336, 4096, 128), (70, 50, 256)])
+@pytest.mark.parametrize(
+    ("inputs", "sizes", "rank"),
+    [
+        (4096, [4096, 1024, 1024], 16),
+        (4096, [1024], 64),
+        (14336, [4096], 128),
+        (896, [4864, 4864], 32),
+        (70, [50, 7], 256),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 2, 17, 128, 129, 1000])
-def test_kernels(dtype: torch.dtype, sizes: tuple[int, int, int], rows: int) -> None:
+def test_kernels(dtype: torch.dtype, inputs: int, sizes: list[int], rank: int, rows: int) -> None:
     """Runs of a chunk's rows beside single decodes, by five adapters and none."""
     slots = [row % 6 if row < 40 else (row // 300) % 6 for row in range(rows)]
-    base, x, a, b, order, starts = draw(slots, 5, sizes, rows, dtype)
-    a, b = a / sizes[0] ** 0.5, b / sizes[2] ** 0.5
-    found = add_lora(base, x, a, b, order, starts)
-    expected = one_by_one(base, x, a, b, slots)
+    base, x, a, b, order, starts = draw(slots, 5, inputs, sizes, rank, rows, dtype)
+    a, b = a / inputs**0.5, b / rank**0.5
+    found = add_lora(base, x, a, b, order, starts, sizes)
+    expected = one_by_one(base, x, a, b, slots, sizes)
     assert float((found.double() - expected).norm() / expected.norm()) < (0.01 if dtype is torch.bfloat16 else 0.002)
-    again = add_lora(base, x, a, b, order, starts)
+    again = add_lora(base, x, a, b, order, starts, sizes)
     assert torch.equal(found, again), "the same bits every time"
     plain = torch.tensor([slot == 5 for slot in slots], device=DEVICE)
     assert torch.equal(found[plain], base[plain])
@@ -53,17 +62,18 @@ def test_kernels(dtype: torch.dtype, sizes: tuple[int, int, int], rows: int) -> 
 
 def test_the_kernels_in_a_graph_follow_the_rows() -> None:
     """A captured step is replayed for rows of other adapters, and for fewer."""
-    base, x, a, b, order, starts = draw([0] * 32, 3, (512, 512, 16), 0, torch.float32)
-    add_adapters(base, x, a, b, order, starts)
+    sizes = [256, 200, 56]
+    base, x, a, b, order, starts = draw([0] * 32, 3, 512, sizes, 16, 0, torch.float32)
+    add_adapters(base, x, a, b, order, starts, sizes)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = add_adapters(base, x, a, b, order, starts)
+        out = add_adapters(base, x, a, b, order, starts, sizes)
     for slots in ([0] * 32, [3] * 32, [2, 0, 1, 3] * 8, [1] * 5 + [3] * 27):
-        _, _, _, _, new_order, new_starts = draw(slots, 3, (512, 512, 16), 0, torch.float32)
+        _, _, _, _, new_order, new_starts = draw(slots, 3, 512, sizes, 16, 0, torch.float32)
         order.copy_(new_order)
         starts.copy_(new_starts)
         graph.replay()
-        torch.testing.assert_close(out.double(), one_by_one(base, x, a, b, slots), rtol=1e-3, atol=5e-2)
+        torch.testing.assert_close(out.double(), one_by_one(base, x, a, b, slots, sizes), rtol=1e-3, atol=5e-2)
 
 
 @pytest.fixture(scope="module")
