@@ -159,7 +159,9 @@ def build_engine(
     if drafting is not None and executor.drafter is not None:
         drafters[drafting] = executor.drafter
     verify_rows = executor.max_verify_rows if executor.micro_batches == 1 else 0  # stages verify nothing yet
-    speculator = Speculator(verify_rows, drafters, steady=parallel is not None)
+    # Forms reach other ranks without the tokenizer that says what is forced.
+    jumps = parallel is None and not drafters and not config.exact
+    speculator = Speculator(verify_rows, drafters, steady=parallel is not None, jumps=jumps)
     if isinstance(executor, ParallelExecutor):
         leads = executor.parallel.led and executor.parallel.link.rank == 0
         return (LeadingEngine if leads else ParallelEngine)(executor, scheduler, intake, speculator)

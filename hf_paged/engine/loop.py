@@ -82,8 +82,9 @@ class StepLoop:
     def _launch(self, retry: bool = False) -> _Flight | None:
         start, running = time.monotonic(), self.scheduler.running
         # A batch that is about to grow may be too large for drafts in a moment.
-        speculates = not self._flights and not self.scheduler.growing and self.speculator.wants(len(running))
-        batch = self.scheduler.schedule(self.speculator.propose(running) if speculates else None)
+        may_draft = not self._flights and not self.scheduler.growing
+        speculates = may_draft and self.speculator.wants(len(running))
+        batch = self.scheduler.schedule(self.speculator.propose(running) if may_draft else None)
         if not batch:
             return None
         try:
@@ -109,7 +110,9 @@ class StepLoop:
         """Whether nothing may be launched before what is in the air has landed."""
         if self._held or (self._flights and self._flights[-1].batch.drafts):
             return True
-        return not self.scheduler.growing and self.speculator.wants(len(self.scheduler.running))
+        running = self.scheduler.running
+        wants = self.speculator.wants(len(running)) or self.speculator.must_jump(running)
+        return wants and not self.scheduler.growing
 
     def _drain(self) -> None:
         """Waits for steps whose results nobody wants."""

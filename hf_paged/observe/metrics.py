@@ -11,6 +11,7 @@ from itertools import accumulate
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.request import Request
 from hf_paged.engine.stats import StepRecord
+from hf_paged.speculative.speculator import FORCED
 
 _SHORT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _LONG_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
@@ -122,7 +123,7 @@ class EngineMetrics:
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ]
-        drafts = list(engine.speculator.stats.values())
+        drafts = [stats for method, stats in engine.speculator.stats.items() if method != FORCED]
         if drafts:
             counters += [
                 ("spec_decode_num_drafts", "Drafts verified.", sum(d.num_drafts for d in drafts)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -36,10 +38,13 @@ class Form:
     Args:
         compiled: xgrammar's CompiledGrammar.
         stop_token_ids: what may come when it is complete.
+        encode: a text that is certain to come next -> the tokens that are likely to spell it.
     """
 
-    def __init__(self, compiled: Any, stop_token_ids: list[int]) -> None:
-        self._compiled, self._stop_token_ids = compiled, stop_token_ids
+    def __init__(
+        self, compiled: Any, stop_token_ids: list[int], encode: Callable[[str], list[int]] = lambda text: []
+    ) -> None:
+        self._compiled, self._stop_token_ids, self.encode = compiled, stop_token_ids, encode
 
     def matcher(self) -> Any:
         """A new xgrammar GrammarMatcher."""
@@ -48,7 +53,7 @@ class Form:
         return xgrammar.GrammarMatcher(self._compiled, override_stop_tokens=self._stop_token_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Requests travel to other ranks; xgrammar's objects do as JSON alone."""
+        """Requests travel to other ranks; xgrammar's objects do as JSON alone, and the tokenizer does not."""
         parts = self._compiled.serialize_json(), self._compiled.tokenizer_info.serialize_json()
         return _read_form, (*parts, self._stop_token_ids)
 
@@ -91,6 +96,16 @@ class FormState:
             if not self.accept(token):
                 raise ValueError(f"token {token} at place {len(self._accepted)} is not of the form that was asked for")
 
+    def forced(self, sequence: Sequence) -> list[int]:
+        """Tokens that are likely to come after those that are known, there being no choice about their text."""
+        try:
+            self.follow(sequence)
+        except (ValueError, RuntimeError):
+            self.begin_anew()  # whoever asks for the mask is told
+            return []
+        text = self.matcher.find_jump_forward_string() if self.goes_on else ""
+        return self._form.encode(text) if text else []
+
     def accept(self, token: int) -> bool:
         """Goes on by a token, if it may come next."""
         if not self.goes_on or not self.matcher.accept_token(token):
@@ -129,6 +144,7 @@ class FormCompiler:
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"structured outputs cannot be had with this tokenizer: {error}") from error
         self._vocab_size = vocab_size
+        self._encode = _speller(tokenizer, info)
         self._compiler = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
         self._lock = threading.Lock()
 
@@ -151,7 +167,7 @@ class FormCompiler:
         _check_depth(params)
         with self._lock:
             try:
-                form = Form(self._compile(params), sorted(stop_token_ids))
+                form = Form(self._compile(params), sorted(stop_token_ids), self._encode)
             except (RuntimeError, ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"structured outputs: {params.kind} cannot be compiled: {_told(error)}") from error
         self._check_possible(form, params.kind)
@@ -288,6 +304,26 @@ class StructuredLogitsProcessor(LogitsProcessor):
         scores = scores.float().clone()
         xgrammar.apply_token_bitmask_inplace(scores, mask.to(scores.device))
         return scores
+
+
+def _speller(tokenizer: Any, info: Any) -> Callable[[str], list[int]]:
+    """Cuts a piece of a text into the tokens that a model has learnt for it, all but the last one: that one depends on
+    what follows. No tokens where they would not spell the piece exactly (a tokenizer that begins every text with a
+    space, say), or by a tokenizer in Python, which is slow."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda text: []
+    own = copy.deepcopy(backend)  # others may be at work with theirs, and change its settings
+    own.no_truncation()
+    own.no_padding()
+    vocabulary = info.decoded_vocab
+
+    @functools.lru_cache(maxsize=4096)
+    def encode(text: str) -> list[int]:
+        ids = own.encode(text, add_special_tokens=False).ids
+        return ids[:-1] if b"".join(vocabulary[token] for token in ids) == text.encode() else []
+
+    return encode
 
 
 def _literal(text: str) -> str:

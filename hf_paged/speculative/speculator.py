@@ -17,6 +17,14 @@ FIRST_RATE = 0.7
 """What acceptance is taken for before any is seen."""
 NEWEST = 0.2
 """Weight of the newest verification in a sequence's acceptance rate."""
+FORCED = "forced"
+"""The method of drafts that a form leaves no choice about (jump-forward decoding; Zheng et al., "SGLang: Efficient
+Execution of Structured Language Model Programs", arXiv 2312.07104). A text may be cut into tokens in several ways, so
+these are verified like all others."""
+FEW_SEQS = 16
+"""Up to so many sequences, looking ahead is given up for what is forced."""
+WORTH = 0.25
+"""Forced tokens per running sequence from which on that pays: the device waits for the host once."""
 LIKELY = 0.2
 """Where rows are scarce, drafted tokens that are less likely to be accepted get none."""
 FREE = ("ngram", "suffix")
@@ -61,6 +69,7 @@ class Speculator:
         max_rows: of a step; verifications get what decodes leave of them.
         drafters: those that cannot be made out of a configuration alone.
         steady: decide by the batch alone, not by what was measured.
+        jumps: draft what forms force.
     """
 
     def __init__(
@@ -68,6 +77,7 @@ class Speculator:
         max_rows: int = 64,
         drafters: dict[SpeculativeConfig, Drafter] | None = None,
         steady: bool = False,
+        jumps: bool = True,
     ) -> None:
         self.max_rows = max_rows
         self.pace = (Steady if steady else Pace)(max_rows // 16)
@@ -76,15 +86,24 @@ class Speculator:
         self._drafters: dict[SpeculativeConfig, Drafter] = dict(drafters or {})
         self._requests: set[str] = set()
         """Unfinished ones that want drafts."""
+        self._jumps = jumps
+        self._forms: set[str] = set()
+        """Unfinished ones with a form."""
+        self._forced: set[Sequence] = set()
+        """Whose last draft was forced."""
         self._rates: dict[Sequence, float] = {}
         """Acceptance rates of running sequences."""
 
     def begin(self, request: Request) -> None:
         if request.speculation is not None:
             self._requests.add(request.request_id)
+        if request.form is not None and self._jumps:
+            self._forms.add(request.request_id)
 
     def end(self, request: Request) -> None:
         """The request is finished."""
+        self._forms.discard(request.request_id)
+        self._forced.difference_update(request.sequences)
         if request.speculation is None:
             return
         self._requests.discard(request.request_id)
@@ -103,19 +122,30 @@ class Speculator:
         it is launched."""
         return bool(self._requests) and num_seqs < self.max_rows and self.pace.speculates(num_seqs)
 
+    def must_jump(self, running: list[Sequence]) -> bool:
+        """Whether forms force so much, beyond the token that is on its way, that it is better drafted at once."""
+        if not self._forms or len(running) > min(FEW_SEQS, self.max_rows - 1):
+            return False
+        forced = sum(
+            max(len(sequence.form_state.forced(sequence)) - sequence.num_pending, 0)
+            for sequence in running
+            if sequence.form_state is not None
+        )
+        return forced >= max(WORTH * len(running), 1)
+
     def propose(self, running: list[Sequence]) -> dict[Sequence, list[int]]:
         """Drafts for those of the running sequences that decode; all their tokens are known."""
-        if not self.wants(len(running)):
-            return {}
-        groups: dict[SpeculativeConfig, list[Sequence]] = {}
-        for sequence in running:
-            request = sequence.request
-            if request.speculation is None or not request.forked or request.scored is not None:
-                continue
-            if len(sequence.tokens) - sequence.num_computed == 1 and not sequence.num_pending:
-                groups.setdefault(request.speculation, []).append(sequence)
         rows = self.max_rows - len(running)
-        drafts: dict[Sequence, list[int]] = {}
+        decoding = [sequence for sequence in running if _decodes(sequence)] if rows > 0 else []
+        drafts = self._jump(decoding, rows) if self._forms else {}
+        self._forced = set(drafts)
+        if not self.wants(len(running)):
+            return drafts
+        rows -= sum(map(len, drafts.values()))
+        groups: dict[SpeculativeConfig, list[Sequence]] = {}
+        for sequence in decoding:
+            if sequence.request.speculation is not None and sequence not in drafts:
+                groups.setdefault(sequence.request.speculation, []).append(sequence)
         for config, sequences in groups.items():
             room = self._room(sequences, config, rows)
             found = self._drafter(config).propose(sequences, room)
@@ -123,7 +153,19 @@ class Speculator:
             rows -= sum(map(len, found))
         return drafts
 
+    def _jump(self, decoding: list[Sequence], rows: int) -> dict[Sequence, list[int]]:
+        """What forms force, where anything is."""
+        drafts: dict[Sequence, list[int]] = {}
+        for sequence in decoding:
+            if sequence.form_state is not None and (forced := sequence.form_state.forced(sequence)[:rows]):
+                drafts[sequence] = forced
+                rows -= len(forced)
+        return drafts
+
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        if sequence in self._forced:
+            self.stats.setdefault(FORCED, DraftStats()).count(drafted, accepted)
+            return
         config = sequence.request.speculation
         assert config is not None
         self.stats.setdefault(config.method, DraftStats()).count(drafted, accepted)
@@ -150,3 +192,10 @@ class Speculator:
             room[place] = min(most, rows, int(math.log(LIKELY) / math.log(rate)))
             rows -= room[place]
         return room
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether all its tokens are known, and all but the last computed."""
+    request = sequence.request
+    last = len(sequence.tokens) - sequence.num_computed == 1 and not sequence.num_pending
+    return last and request.forked and request.scored is None

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda.gpu_models import make
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from sampling.bytewise import EOS, VOCAB, byte_tokenizer
 
 import hf_paged
 from hf_paged import SamplingParams, StructuredOutputsParams
@@ -25,23 +24,19 @@ PROMPTS = ["The sea", "The sky", "The hill", "The road", "A ship", "A lamp"]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Of bytes."""
     pytest.importorskip("xgrammar")
-    vocabulary = {"<eos>": 0} | {symbol: 1 + i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+    return byte_tokenizer()
 
 
 def wrapped(tokenizer: Any, **options: Any) -> Any:
-    model = make(vocab_size=264, initializer_range=0.1, eos_token_id=0)
+    model = make(vocab_size=VOCAB, initializer_range=0.1, eos_token_id=EOS)
     return hf_paged.wrap(model, num_pages=256, max_num_seqs=8, tokenizer=tokenizer, compile="off", **options)
 
 
 def params(**options: Any) -> list[SamplingParams]:
     """Free requests between formed ones."""
     free = SamplingParams(max_tokens=12, ignore_eos=True, **options)
-    formed = free.clone(structured_outputs=FORM, stop_token_ids=[0])
+    formed = free.clone(structured_outputs=FORM, stop_token_ids=[EOS])
     few = free.clone(allowed_token_ids=[5, 9, 33, 63])
     return [each.clone(seed=i) for i, each in enumerate([free, formed, few, formed, free, formed])]
 
@@ -94,3 +89,21 @@ def test_what_the_host_samples_runs_in_graphs(tokenizer: Any) -> None:
     plain = model.generate_many(PROMPTS, penalised)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
     hf_paged.unwrap(model)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_forced_is_drafted(tokenizer: Any, count: int) -> None:
+    """Looking ahead is left for it, and taken up again."""
+    form = StructuredOutputsParams(regex="(red|blue) and then the long way round [0-9]{2}[a-z]{9}, the end")
+    each = [SamplingParams(max_tokens=80, seed=i, structured_outputs=form, stop_token_ids=[EOS]) for i in range(count)]
+    found, steps = [], []
+    for jumps in (True, False):
+        model = wrapped(tokenizer)
+        model.engine.speculator._jumps = jumps
+        found.append([output.outputs[0].text for output in model.generate_many(PROMPTS[:count], each)])
+        steps.append(model.engine.stats.steps)
+        if jumps:
+            assert model.engine.speculator.stats["forced"].acceptance_rate == 1
+        hf_paged.unwrap(model)
+    assert found[0] == found[1] and all(re.fullmatch(form.regex, text) for text in found[0])
+    assert steps[0] < 0.6 * steps[1]

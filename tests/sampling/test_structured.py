@@ -9,8 +9,10 @@ import re
 from typing import Any
 
 import pytest
+import torch
+from sampling.bytewise import EOS, VOCAB, byte_tokenizer
 from speculative.drafters import Always
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged import SamplingParams
@@ -123,12 +125,65 @@ def test_drafts_change_no_token(tiny_checkpoint: str, model: Any) -> None:
         speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
         **OPTIONS,
     )
-    drafting.engine.speculator.pace = Always()
+    drafting.engine.speculator.pace, drafting.engine.speculator._jumps = Always(), False
     found = drafting.generate_many(prompts, form)
     stats = drafting.engine.speculator.stats["ngram"]
     assert texts(found) == texts(expected)
     assert all(output.outputs[0].finish_reason == "stop" for output in found)
     assert stats.num_draft_tokens > stats.num_accepted_tokens > 0
+
+
+@pytest.fixture(scope="module")
+def bytewise() -> Any:
+    """A model of bytes, each of which is a token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("speculation", [None, {"method": "ngram", "num_speculative_tokens": 3}], ids=["", "ngram"])
+def test_what_is_forced_costs_few_steps(bytewise: Any, lookahead: bool, speculation: dict[str, Any] | None) -> None:
+    """The same text comes out, whoever else is there."""
+    forms = [
+        {"regex": "(red|blue) and then the long way round [0-9]{2}[a-z]{5}, the end"},
+        {"json": SCHEMA, "disable_any_whitespace": True},
+        {"choice": ["somewhere over the rainbow", "somewhere else"]},
+    ]
+    params = [sampling(80, **form).clone(n=2, logprobs=1) for form in forms]
+    params.append(SamplingParams(max_tokens=20, seed=2, ignore_eos=True))
+    found, steps = [], []
+    for jumps in (True, False):
+        options = OPTIONS | {"async_scheduling": lookahead, "speculative_config": speculation}
+        model = hf_paged.wrap(bytewise, tokenizer=byte_tokenizer(), **options)
+        model.engine.speculator._jumps = jumps
+        outputs = model.generate_many(["The sea"] * 4, params)
+        found.append([(s.text, s.finish_reason, s.cumulative_logprob) for o in outputs for s in o.outputs])
+        steps.append(model.engine.stats.steps)
+        stats = model.engine.speculator.stats
+        assert ("forced" in stats) == jumps
+        if jumps:
+            assert stats["forced"].acceptance_rate == 1 and stats["forced"].num_draft_tokens > 50
+        hf_paged.unwrap(bytewise)
+    for one, other in zip(*found, strict=True):
+        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], abs=1e-4)
+    assert steps[0] < 0.7 * steps[1]
+
+
+def test_what_is_forced_may_be_spelled_otherwise(tiny_checkpoint: str, model: Any) -> None:
+    """A model that cuts words into other tokens than those that were drafted keeps to its own."""
+    form = sampling(60, regex="The lighthouse keeper went home in the evening( and sang)?").clone(n=4)
+    (output,) = model.generate_many(["The sea"], form)
+    stats = model.engine.speculator.stats["forced"]
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    plain = hf_paged.wrap(AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval(), **OPTIONS)
+    plain.engine.speculator._jumps = False
+    (expected,) = plain.generate_many(["The sea"], form)
+    assert [sample.token_ids for sample in output.outputs] == [sample.token_ids for sample in expected.outputs]
 
 
 def test_preempted_and_computed_again(tiny_checkpoint: str, model: Any) -> None:
