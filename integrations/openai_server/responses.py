@@ -89,9 +89,7 @@ class _Answer:
         self._serving, self._body, self._requests = serving, body, requests
         self._id, self._model, self._created = id, model, int(time.time())
         self._message_id = new_id("msg")
-        self._parser = reasoning_parser(
-            serving.options.reasoning_parser, prompt, requests[0].asked.structured_outputs
-        )
+        self._parser = reasoning_parser(serving.options.reasoning_parser, prompt, requests[0].asked.structured_outputs)
         self._text = ""
         self._thoughts = ""
         self._status = "in_progress"
