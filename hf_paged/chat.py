@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_paged.text_file import read_text
+
 Message = Mapping[str, Any]
 """A dict with a role and content, in OpenAI's words."""
 
@@ -68,7 +70,7 @@ def load_chat_template(given: str | Path | None) -> str | None:
     """A chat template that was given as such or as a file's path.
 
     Raises:
-        ValueError: neither a file nor a Jinja template.
+        ValueError: neither a file nor a Jinja template, or a file that cannot be read.
     """
     if given is None:
         return None
@@ -77,7 +79,7 @@ def load_chat_template(given: str | Path | None) -> str | None:
         return text
     if not Path(text).is_file():
         raise ValueError(f"chat_template must be a Jinja template or the path of one, got {text!r}")
-    return Path(text).read_text(encoding="utf-8")
+    return read_text(Path(text), "chat template")
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import typer
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils import logging
+
+T = TypeVar("T")
+
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""What transformers and huggingface_hub read when they are imported."""
 
 console = Console()
 """For what a command is asked for."""
@@ -29,16 +39,45 @@ def show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Table], as
         console.print(as_table(result))
 
 
-def friendly(run: Callable[[], None], *errors: type[Exception]) -> None:
-    """Runs a command; what is missing, and `errors`, are said in a line, and Ctrl-C ends it without a traceback."""
+@contextmanager
+def bars_at_a_terminal() -> Iterator[None]:
+    """While standard error is none, transformers and processes that are started show no progress bars: a log has no use
+    for them. All settings are then as they were."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    of_hub = not are_progress_bars_disabled()
+    of_children = os.environ.get(NO_BARS)
+    logging.disable_progress_bar()
+    os.environ[NO_BARS] = "1"
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not of_hub:
+            disable_progress_bars()
+        if of_children is None:
+            del os.environ[NO_BARS]
+        else:
+            os.environ[NO_BARS] = of_children
+
+
+def friendly(run: Callable[[], T], *errors: type[Exception], status: int = 1) -> T:
+    """Runs a command, or a part of one; what is missing, and `errors`, are said in a line, and Ctrl-C ends it without a
+    traceback. transformers' progress bars are shown at a terminal alone.
+
+    Args:
+        status: the program's, after an error.
+    """
     said: tuple[type[Exception], ...] = (ImportError, FileNotFoundError, *errors)
     try:
-        run()
+        with bars_at_a_terminal():
+            return run()
     except typer.Exit:  # a RuntimeError, and no error
         raise
     except said as error:
         notes.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(status) from error
     except KeyboardInterrupt:
         notes.print("\nstopped")
         raise typer.Exit(130) from None
