@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers.utils.logging as bars
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import auto
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import hf_paged.quantization.load
+from hf_paged.bench.models import load_smollm2
 from hf_paged.cli import app
 from hf_paged.cli.terminal import NO_BARS, friendly
 
@@ -64,16 +67,19 @@ def test_the_shell_completes(line: str, offered: str) -> None:
     assert offered in found.stdout.split(), found.stderr
 
 
+def bars_now() -> tuple[Any, ...]:
+    shown = [bars.is_progress_bar_enabled(), not are_progress_bars_disabled(), not auto.tqdm(()).disable]
+    return *shown, *(os.environ.get(name) for name in NO_BARS)
+
+
 def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere there are none while a command runs, in processes that it starts neither; then all is as it was."""
-    monkeypatch.delenv(NO_BARS, raising=False)
-
-    def bars_now() -> tuple[bool, bool, str | None]:
-        return bars.is_progress_bar_enabled(), not are_progress_bars_disabled(), os.environ.get(NO_BARS)
-
+    for name in NO_BARS:
+        monkeypatch.delenv(name, raising=False)
     before = bars_now()
-    assert before == (True, True, None)
-    assert friendly(bars_now) == (False, False, "1")
+    assert before == (True, True, True, None, None)
+    assert friendly(bars_now) == (False, False, False, "1", "1")
+    assert friendly(lambda: auto.tqdm((), disable=False).disable) is False
     assert bars_now() == before
     with pytest.raises(ZeroDivisionError):
         friendly(lambda: 1 // 0)
@@ -82,13 +88,23 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert friendly(bars_now) == before
 
 
-def test_bars_that_somebody_turned_off_stay_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    bars.disable_progress_bar()
+@pytest.mark.parametrize(
+    ("off", "on"),
+    [(bars.disable_progress_bar, bars.enable_progress_bar), (disable_progress_bars, enable_progress_bars)],
+)
+def test_bars_that_somebody_turned_off_stay_off(off: Any, on: Any) -> None:
+    off()
     try:
+        before = bars_now()
         friendly(lambda: None)
-        assert not bars.is_progress_bar_enabled()
+        assert bars_now() == before != (True, True, True, None, None)
     finally:
-        bars.enable_progress_bar()
+        on()
+
+
+def test_a_model_is_read_without_bars(smollm2_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+    friendly(load_smollm2)
+    assert "it/s" not in capfd.readouterr().err
 
 
 FILES = {"bytes": b"\xff\xfe\x00", "cut.json": b"{no", "list.json": b"[1]", "kind.json": b'{"type": "objekt"}'}
