@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load_chat_template(given: str | Path | None) -> str | None:
 
 def _plain(message: Message) -> dict[str, Any]:
     """A message whose content is text: parts are joined, and the arguments of earlier tool calls are objects, as
-    templates expect them."""
+    templates expect them; what is no JSON stays as it is."""
     if not isinstance(message, Mapping) or "role" not in message:
         got = f"keys {sorted(map(str, message))}" if isinstance(message, Mapping) else repr(message)[:80]
         raise ValueError(f'a chat message needs a "role", got {got}')
@@ -116,8 +117,7 @@ def _with_parsed_arguments(call: Any) -> Any:
         raise ValueError('a tool call in a message needs a "function" with a name and arguments')
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
+        # A model's malformed arguments come back with what a tool said of them: it should see what it wrote.
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the arguments of a tool call in a message are no JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments}}

@@ -122,6 +122,9 @@ def test_an_answer_that_is_cut_short(
     assert choice_found.finish_reason == "length"
     assert call.function.name == "look" and call.function.arguments
     assert PLACE.startswith(call.function.arguments) and call.function.arguments != PLACE
+    failed = {"role": "tool", "tool_call_id": call.id, "content": "these arguments are no JSON"}
+    again = [*CHAT, choice_found.message.model_dump(exclude_none=True), failed]
+    assert client.chat.completions.create(**asked | {"messages": again, "max_tokens": 1}).choices
     deltas = [
         delta
         for chunk in client.chat.completions.create(**asked, max_tokens=size, stream=True)
