@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS, reasoning_parser
 from hf_paged.integrations.openai_server.tool_parser import CallPiece, ToolParser
-from hf_paged.integrations.openai_server.tools import TOOL_PARSERS, HermesParser, NamedCall, RequiredCalls
+from hf_paged.integrations.openai_server.tools import (
+    TOOL_PARSERS,
+    HermesParser,
+    NamedCall,
+    RequiredCalls,
+    ToolCall,
+    whole_calls,
+)
 
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
@@ -197,6 +204,30 @@ def test_no_cut_changes_the_reasoning(name: str, text: list[str], cuts: list[int
     written = "".join({"THINK": kind.start, "END": kind.end}.get(word, word) for word in text)
     for prompt in ("", kind.start, kind.end):
         assert reason(name, prompt, pieces_of(written, cuts)) == reason(name, prompt, [written])
+
+
+@pytest.mark.parametrize("name", sorted(PARSERS))
+@given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), cuts=st.lists(st.integers(0, 150)))
+def test_reasoning_content_and_calls_of_one_text(name: str, text: str, cuts: list[int]) -> None:
+    """What one parser leaves over is what the other gets, as a server has it."""
+
+    def taken_apart(pieces: list[str]) -> tuple[str, str, list[CallPiece]]:
+        reasoning, tools = reasoning_parser("qwen3", ""), PARSERS[name]()
+        assert reasoning is not None
+        thoughts, shown, news = "", "", []
+        for place, piece in enumerate(pieces):
+            last = place == len(pieces) - 1
+            thought, rest = reasoning.feed(piece, last=last)
+            content, new = tools.feed(rest, last=last)
+            thoughts, shown, news = thoughts + thought, shown + content, news + new
+        return thoughts, shown, news
+
+    def said(found: tuple[str, str, list[CallPiece]]) -> tuple[str, str, list[ToolCall]]:
+        return *found[:2], whole_calls(found[2])
+
+    assert (
+        said(taken_apart(pieces_of(text, cuts) or [""])) == said(taken_apart([*text, ""])) == said(taken_apart([text]))
+    )
 
 
 def reason(name: str, prompt: str, pieces: list[str]) -> tuple[str, str]:
