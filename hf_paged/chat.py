@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hf_paged.text_file import read_text
 
 Message = Mapping[str, Any]
 """A dict with a role and content, in OpenAI's words."""
@@ -68,7 +71,7 @@ def load_chat_template(given: str | Path | None) -> str | None:
     """A chat template that was given as such or as a file's path.
 
     Raises:
-        ValueError: neither a file nor a Jinja template.
+        ValueError: neither a file nor a Jinja template, or a file that cannot be read.
     """
     if given is None:
         return None
@@ -77,12 +80,12 @@ def load_chat_template(given: str | Path | None) -> str | None:
         return text
     if not Path(text).is_file():
         raise ValueError(f"chat_template must be a Jinja template or the path of one, got {text!r}")
-    return Path(text).read_text(encoding="utf-8")
+    return read_text(Path(text), "chat template")
 
 
 def _plain(message: Message) -> dict[str, Any]:
     """A message whose content is text: parts are joined, and the arguments of earlier tool calls are objects, as
-    templates expect them."""
+    templates expect them; what is no JSON stays as it is."""
     if not isinstance(message, Mapping) or "role" not in message:
         got = f"keys {sorted(map(str, message))}" if isinstance(message, Mapping) else repr(message)[:80]
         raise ValueError(f'a chat message needs a "role", got {got}')
@@ -114,8 +117,7 @@ def _with_parsed_arguments(call: Any) -> Any:
         raise ValueError('a tool call in a message needs a "function" with a name and arguments')
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
+        # A model's malformed arguments come back with what a tool said of them: it should see what it wrote.
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the arguments of a tool call in a message are no JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments}}

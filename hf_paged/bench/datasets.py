@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_paged.text_file import read_text
+
 COMMON = (
     "about act add after again air all also an and animal any are as ask at back be been before big boy build but "
     "by call came can cause change come could day did differ do does down each earth end even every father find "
@@ -155,10 +157,8 @@ def custom(lengths: Lengths, count: int, seed: int, file: Path, output_len: int)
     Raises:
         FileNotFoundError, ValueError: no such file, or a line that is not that.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no data set {file}")
     made = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file, "data set").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -185,9 +185,8 @@ def _first(again: Callable[[], Iterator[BenchRequest]], count: int, none: str) -
 
 
 def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no data set {file}")
+    content = read_text(file, "data set")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hf_paged
 from hf_paged.bench.models import free_memory, load_smollm2
+from hf_paged.text_file import read_text
 
 
 @torch.no_grad()
@@ -58,9 +59,7 @@ def run_perplexity(
     Raises:
         FileNotFoundError: no such text or model.
     """
-    if not text.is_file():
-        raise FileNotFoundError(f"no text at {text}")
-    content = text.read_text(encoding="utf-8")
+    content = read_text(text, "text")
     rows = []
     for name in models:
         log(f"{name} ...")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
 from hf_paged.bench.child_server import ServedModel
+from hf_paged.sampling.structured import check_schema
 from hf_paged.sampling_params import SamplingParams
 from hf_paged.structured_outputs import StructuredOutputsParams
+from hf_paged.text_file import read_text
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -34,6 +38,28 @@ SCHEMA: dict[str, Any] = {
 """A record with text, numbers, a choice and a list: no part of it is long enough to be all that is measured."""
 
 PROMPT = "Somebody who lives in harbour town number {}, as a JSON object:\n"
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """A JSON schema, known to compile.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON, or no schema.
+        ImportError: xgrammar is not installed.
+    """
+    content = read_text(file, "schema")
+    try:
+        schema = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"{file} is no JSON schema: an object is wanted, got {content.strip()!r:.40}")
+    try:
+        check_schema(schema)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return schema
 
 
 def run_structured(
@@ -62,7 +88,7 @@ def run_structured(
     """
     log(f"loading {served.name}")
     model = served.load()
-    form = StructuredOutputsParams(json=schema or SCHEMA)
+    form = StructuredOutputsParams(json=SCHEMA if schema is None else schema)
     prompts = [PROMPT.format(number) for number in range(streams)]
     constrained = [
         SamplingParams(temperature=1.0, seed=number, max_tokens=tokens, structured_outputs=form)

@@ -29,8 +29,9 @@ def run_batch(
     """Answer a file of requests in OpenAI's batch format, without a server. Run it again to go on where it stopped.
 
     A line of the input is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages":
-    ...}}; /v1/completions is served too. Whatever ends a run, Ctrl-C, a kill or a power cut: the same command
-    finishes the rest, and every custom_id has exactly one answer in the end. A bad request's answer is its error.
+    ...}}; /v1/completions and /v1/responses are served too. Whatever ends a run, Ctrl-C, a kill or a power cut: the
+    same command finishes the rest, and every custom_id has exactly one answer in the end. A bad request's answer is its
+    error.
 
     All options of `hf-paged serve` go here too: --max-model-len, --dtype, --served-model-name, --config, ...
 

@@ -295,14 +295,16 @@ def structured(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What a JSON schema costs: constrained answers, and free ones of the same lengths, in turns."""
+    from hf_paged.bench import structured as report
+    from hf_paged.bench.child_server import ServedModel
+
     choose("device", [device] if device else [], ["cpu", "cuda"])
     options = engine_options(option or [])
+    schema = None
+    if json_schema is not None:
+        schema = friendly(partial(report.read_schema, json_schema), ValueError, status=2)
 
     def run() -> None:
-        from hf_paged.bench import structured as report
-        from hf_paged.bench.child_server import ServedModel
-
-        schema = None if json_schema is None else json.loads(json_schema.read_text(encoding="utf-8"))
         served = ServedModel(model, dtype, device, options)
         result = report.run_structured(
             served, schema, streams=streams, tokens=tokens, rounds=rounds, log=log(as_json)

@@ -51,9 +51,11 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the model's own text.")] = 0,
 ) -> None:
     """Write a quantised checkpoint of a model, for hf_paged.load and others that read the format."""
+    from hf_paged.quantization.writers.calibration import read_texts
     from hf_paged.quantization.writers.quantize import quantize as write
 
     def run() -> None:
+        texts = None if calibration is None else read_texts(calibration)
         subject: Any = model
         tokenizer = None
         if model == "smollm2":
@@ -62,7 +64,7 @@ def quantize(
             subject, tokenizer = load_smollm2()
         write(
             subject, to, out, tokenizer=tokenizer, method=method, group_size=group_size, symmetric=symmetric,
-            desc_act=desc_act, calibration=calibration, samples=samples, sequence_length=sequence_length, dtype=dtype,
+            desc_act=desc_act, calibration=texts, samples=samples, sequence_length=sequence_length, dtype=dtype,
             device=device, seed=seed,
         )  # fmt: skip
         console.print(f"written: {out}")

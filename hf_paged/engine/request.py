@@ -240,3 +240,8 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.num_unfinished == 0
+
+    @property
+    def adapter_name(self) -> str | None:
+        """Of its LoRA adapter; None is the model alone."""
+        return None if self.adapter is None else self.adapter.request.lora_name

@@ -60,6 +60,7 @@ class RequestLog:
         fields: dict[str, Any] = {
             "request_id": request.request_id,
             "model": self._model_name,
+            "adapter": request.adapter_name,
             "finish_reason": request.sequences[0].finish_reason,
             "prompt_tokens": request.num_prompt,
             "cached_tokens": request.num_cached_tokens,

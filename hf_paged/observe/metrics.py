@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -152,7 +153,22 @@ class EngineMetrics:
             ("enable_prefix_caching", str(scheduler.enable_prefix_caching)),
         )
         found.append(Value("cache_config_info", "gauge", "How the page pool is made.", 1.0, labels))
+        if engine.intake.adapters is not None:
+            found.append(self._adapters())
         return found
+
+    def _adapters(self) -> Value:
+        """Whose requests run and wait. As in vLLM, the value is the time (Unix, in seconds): of several label sets that
+        a scraper has kept, the latest holds."""
+        scheduler = self._engine.scheduler
+        running = {sequence.request for sequence in list(scheduler.running)}
+        waiting = set(self._engine.unfinished) - running
+        labels = (
+            ("running_lora_adapters", _adapter_names(running)),
+            ("waiting_lora_adapters", _adapter_names(waiting)),
+            ("max_lora", str(scheduler.max_adapters)),
+        )
+        return Value("lora_requests_info", "gauge", "Adapters of requests; the value is the time.", time.time(), labels)
 
     def _step(self, record: StepRecord) -> None:
         now = time.monotonic()
@@ -202,3 +218,7 @@ class EngineMetrics:
             self._over += [(request.request_id, sequence.index) for sequence in request.sequences]
             reason = request.sequences[0].finish_reason or "abort"
             self._success[reason] = self._success.get(reason, 0) + 1
+
+
+def _adapter_names(requests: Iterable[Request]) -> str:
+    return ",".join(sorted({request.adapter_name for request in requests if request.adapter_name is not None}))

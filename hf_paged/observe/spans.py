@@ -75,6 +75,8 @@ def span_attributes(request: Request) -> dict[str, str | int | float]:
         "gen_ai.response.finish_reason": request.sequences[0].finish_reason or "",
         "gen_ai.latency.e2e": end - times.arrival_time,
     }
+    if request.adapter_name is not None:
+        attributes["gen_ai.request.lora_name"] = request.adapter_name
     if times.first_scheduled_time is not None:
         attributes["gen_ai.latency.time_in_queue"] = times.first_scheduled_time - times.arrival_time
         attributes["gen_ai.latency.time_in_model_inference"] = end - times.first_scheduled_time

@@ -135,10 +135,7 @@ class FormCompiler:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        try:
-            import xgrammar
-        except ImportError as error:
-            raise ImportError("structured outputs need xgrammar: pip install 'hf_paged[structured]'") from error
+        xgrammar = _require_xgrammar()
         try:
             info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
         except (ValueError, RuntimeError, TypeError) as error:
@@ -162,9 +159,7 @@ class FormCompiler:
                 "structured outputs end with an end-of-sequence token, and this request has none: leave ignore_eos "
                 "out, or give stop_token_ids"
             )
-        if len(params.key()) > MAX_FORM_CHARS:
-            raise ValueError(f"structured outputs: {params.kind} has more than {MAX_FORM_CHARS} characters")
-        _check_depth(params)
+        _check_size(params)
         with self._lock:
             try:
                 form = Form(self._compile(params), sorted(stop_token_ids), self._encode)
@@ -338,7 +333,32 @@ def _literal(text: str) -> str:
     return f'"{pair.sub(whole, escaped)}"'
 
 
-def _check_depth(params: StructuredOutputsParams) -> None:
+def check_schema(schema: dict[str, Any]) -> None:
+    """Looks at a JSON schema before there is a tokenizer to compile it for.
+
+    Raises:
+        ValueError: it cannot be compiled for any.
+        ImportError: the extra is not installed; the message names it.
+    """
+    xgrammar = _require_xgrammar()
+    _check_size(StructuredOutputsParams(json=schema))
+    try:
+        xgrammar.Grammar.from_json_schema(json.dumps(schema))
+    except (RuntimeError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"the schema cannot be compiled: {_told(error)}") from error
+
+
+def _require_xgrammar() -> Any:
+    try:
+        import xgrammar
+    except ImportError as error:
+        raise ImportError("structured outputs need xgrammar: pip install 'hf_paged[structured]'") from error
+    return xgrammar
+
+
+def _check_size(params: StructuredOutputsParams) -> None:
+    if len(params.key()) > MAX_FORM_CHARS:
+        raise ValueError(f"structured outputs: {params.kind} has more than {MAX_FORM_CHARS} characters")
     value = params.json if params.kind == "json" else params.structural_tag if params.kind == "structural_tag" else None
     if isinstance(value, str):
         try:

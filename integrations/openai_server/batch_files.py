@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+from hf_paged.integrations.openai_server.guard import GENERATING
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def _read_line(number: int, line: bytes) -> BatchLine:
     problem = None
     if given.get("method") != "POST":
         problem = f'method must be "POST", got {given.get("method")!r:.80}'
-    elif url not in URLS:
-        problem = f"url must be {' or '.join(URLS)}, got {url!r:.80}"
+    elif url not in GENERATING:
+        problem = f"url must be {' or '.join(GENERATING)}, got {url!r:.80}"
     elif not isinstance(body, dict):
         problem = f"body must be a JSON object, the request; got {type(body).__name__}"
     elif body.get("stream"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -22,7 +23,8 @@ from hf_paged.integrations.openai_server.protocol import ChatCompletionRequest, 
 from hf_paged.integrations.openai_server.reasoning import ReasoningParser, reasoning_parser
 from hf_paged.integrations.openai_server.sampling import form_of, sampling_of
 from hf_paged.integrations.openai_server.serving import Serving, Usage, new_id
-from hf_paged.integrations.openai_server.tools import TOOL_PARSERS, ToolCall, ToolParser, calls_in_json
+from hf_paged.integrations.openai_server.tool_parser import CallPiece, ToolParser
+from hf_paged.integrations.openai_server.tools import TOOL_PARSERS, NamedCall, RequiredCalls, whole_calls
 from hf_paged.outputs import CompletionOutput, RequestOutput
 from hf_paged.sampling_params import SamplingParams
 from hf_paged.structured_outputs import StructuredOutputsParams
@@ -36,7 +38,7 @@ async def create_chat_completion(serving: Serving, body: ChatCompletionRequest, 
     if form is not None and tools.form is not None:
         raise ApiError(400, "tool_choice gives the answer its form: leave the other one out")
     sampling = sampling_of(body, serving.defaults, serving.options.max_logprobs, form or tools.form)
-    if tools.parser is not None and tools.parser.special:
+    if tools.special:
         sampling = sampling.clone(skip_special_tokens=False)
     rendered: list[str] = []
 
@@ -76,12 +78,14 @@ class ToolUse:
 
     shown: list[dict[str, Any]] | None = None
     """To the model."""
-    parser: type[ToolParser] | None = None
-    """For calls that the model makes by itself."""
+    parser: Callable[[], ToolParser] | None = None
+    """Makes what takes the calls out of a sample."""
+    special: bool = False
+    """They may begin with special tokens."""
     form: StructuredOutputsParams | None = None
     """Of an answer that must be calls."""
-    forced: str | None = None
-    """The function that must be called; "" is any."""
+    named: bool = False
+    """It must be of one function, and all of it is its arguments."""
     parallel: bool = True
 
     @classmethod
@@ -106,14 +110,14 @@ class ToolUse:
                     '"auto" tool choice needs a server started with --enable-auto-tool-choice and --tool-call-parser',
                     param="tool_choice",
                 )
-            return cls(shown, TOOL_PARSERS[serving.options.tool_call_parser or "hermes"], parallel=parallel)
+            parser = TOOL_PARSERS[serving.options.tool_call_parser or "hermes"]
+            return cls(shown, parser, special=parser.special, parallel=parallel)
         if isinstance(choice, NamedToolChoice):
             if choice.function.name not in names:
                 raise ApiError(400, f"tool_choice: there is no tool {choice.function.name!r}", param="tool_choice")
             tool = tools[names.index(choice.function.name)].function
-            return cls(
-                shown, form=StructuredOutputsParams(json=tool.parameters or {"type": "object"}), forced=tool.name
-            )
+            form = StructuredOutputsParams(json=tool.parameters or {"type": "object"})
+            return cls(shown, partial(NamedCall, tool.name), form=form, named=True)
         calls = [
             {
                 "type": "object",
@@ -129,7 +133,7 @@ class ToolUse:
         schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
         if not parallel:
             schema["maxItems"] = 1
-        return cls(shown, form=StructuredOutputsParams(json=schema), forced="")
+        return cls(shown, RequiredCalls, form=StructuredOutputsParams(json=schema))
 
 
 @dataclass
@@ -138,29 +142,22 @@ class _Split:
 
     reasoning: ReasoningParser | None
     tools: ToolParser | None
-    forced: str | None
     single: bool
-    text: str = ""
-    """With `forced`: all of it so far."""
-    calls: list[ToolCall] = field(default_factory=list)
+    called: bool = False
+    """There was a call."""
 
-    def feed(self, text: str, last: bool) -> tuple[str, str, list[ToolCall]]:
-        """(reasoning, answer, new calls) in a new piece of text."""
+    def feed(self, text: str, last: bool) -> tuple[str, str, list[CallPiece]]:
+        """(reasoning, answer, news of calls) in a new piece of text."""
         thought = ""
         if self.reasoning is not None:
             thought, text = self.reasoning.feed(text, last=last)
-        calls: list[ToolCall] = []
-        if self.forced is not None:
-            self.text, text = self.text + text, ""
-            if last:
-                calls = calls_in_json(self.text, self.forced or None)
-                text = "" if calls else self.text  # cut short by max_tokens
-        elif self.tools is not None:
-            text, calls = self.tools.feed(text, last=last)
+        if self.tools is None:
+            return thought, text, []
+        text, pieces = self.tools.feed(text, last=last)
         if self.single:
-            calls = calls[: 1 - len(self.calls)] if not self.calls else []
-        self.calls += calls
-        return thought, text, calls
+            pieces = [piece for piece in pieces if piece.index == 0]
+        self.called |= bool(pieces)
+        return thought, text, pieces
 
 
 class _Answer:
@@ -178,6 +175,7 @@ class _Answer:
     ) -> None:
         self._serving, self._body, self._tools, self._requests = serving, body, tools, requests
         self._prompt, self._id, self._model, self._created = prompt, id, model, int(time.time())
+        self._form = requests[0].asked.structured_outputs
         self._role = body.messages[-1].get("role", "assistant") if body.continue_final_message else "assistant"
         self._echo = ""
         if body.echo and body.continue_final_message and isinstance(body.messages[-1].get("content"), str):
@@ -185,9 +183,8 @@ class _Answer:
 
     def _split(self) -> _Split:
         return _Split(
-            reasoning_parser(self._serving.options.reasoning_parser, self._prompt),
+            reasoning_parser(self._serving.options.reasoning_parser, self._prompt, self._form),
             self._tools.parser() if self._tools.parser is not None else None,
-            self._tools.forced,
             not self._tools.parallel,
         )
 
@@ -197,7 +194,8 @@ class _Answer:
         choices = []
         for sample in output.outputs:
             split = self._split()
-            thought, text, calls = split.feed(sample.text, True)
+            thought, text, pieces = split.feed(sample.text, True)
+            calls = whole_calls(pieces)
             message: dict[str, Any] = {
                 "role": self._role,
                 "content": self._echo + text if text or self._echo or not (calls or thought) else None,
@@ -205,7 +203,7 @@ class _Answer:
             if thought and self._body.include_reasoning:
                 message |= {"reasoning": thought, "reasoning_content": thought}
             if calls:
-                message["tool_calls"] = [_told(call) for call in calls]
+                message["tool_calls"] = [_told(call.name, call.arguments) for call in calls]
             choice = {"index": sample.index, "message": message} | self._ending(sample, split)
             choice["logprobs"] = self._logprobs(sample)
             if self._body.return_token_ids:
@@ -249,37 +247,42 @@ class _Answer:
                         splits[sample.index] = self._split()
                         delta = {"role": self._role, "content": self._echo}
                         yield chunk([{"index": sample.index, "delta": delta, "finish_reason": None}], always)
-                    choice = self._delta(sample, splits[sample.index])
-                    if choice is not None:
+                    for choice in self._choices(sample, splits[sample.index]):
                         yield chunk([choice], always)
         finally:
             await outputs.aclose()
         if options is not None and options.include_usage:
             yield chunk([], True)
 
-    def _delta(self, sample: CompletionOutput, split: _Split) -> dict[str, Any] | None:
-        before = len(split.calls)
-        thought, text, calls = split.feed(sample.text, sample.finished())
-        delta: dict[str, Any] = {}
+    def _choices(self, sample: CompletionOutput, split: _Split) -> list[dict[str, Any]]:
+        """What is new of a sample: each piece of a call has a delta of its own, since clients put those together that
+        come one after the other."""
+        thought, text, pieces = split.feed(sample.text, sample.finished())
+        said: dict[str, Any] = {}
         if thought and self._body.include_reasoning:
-            delta |= {"reasoning": thought, "reasoning_content": thought}
+            said |= {"reasoning": thought, "reasoning_content": thought}
         if text:
-            delta["content"] = text
-        if calls:
-            delta["tool_calls"] = [{"index": before + i} | _told(call) for i, call in enumerate(calls)]
-        choice: dict[str, Any] = {"index": sample.index, "delta": delta, "finish_reason": None}
-        if sample.finished():
-            choice |= self._ending(sample, split)
+            said["content"] = text
+        deltas = [said] if said else []
+        deltas += [{"tool_calls": [{"index": piece.index} | _told(piece.name, piece.arguments)]} for piece in pieces]
+        about: dict[str, Any] = {}
         if (logprobs := self._logprobs(sample)) is not None:
-            choice["logprobs"] = logprobs
+            about["logprobs"] = logprobs
         if self._body.return_token_ids:
-            choice["token_ids"] = sample.token_ids
-        return choice if len(choice) > 3 or delta or sample.finished() else None
+            about["token_ids"] = sample.token_ids
+        if not deltas and (about or sample.finished()):
+            deltas = [{}]
+        choices = [{"index": sample.index, "delta": delta, "finish_reason": None} for delta in deltas]
+        if choices:
+            choices[0] |= about
+        if sample.finished():
+            choices[-1] |= self._ending(sample, split)
+        return choices
 
     def _ending(self, sample: CompletionOutput, split: _Split) -> dict[str, Any]:
         reason = sample.finish_reason
-        if split.calls and reason == "stop":
-            reason = "stop" if split.forced else "tool_calls"  # OpenAI says "stop" of a function that was named
+        if split.called and not self._tools.named and reason == "stop":  # which OpenAI says of a named function too
+            reason = "tool_calls"
         return {"finish_reason": reason, "stop_reason": sample.stop_reason}
 
     def _logprobs(self, sample: CompletionOutput) -> dict[str, Any] | None:
@@ -290,9 +293,12 @@ class _Answer:
         return chat_logprobs(sample.logprobs, sample.token_ids, count, as_ids)
 
 
-def _told(call: ToolCall) -> dict[str, Any]:
+def _told(name: str | None, arguments: str) -> dict[str, Any]:
+    """A call, or a piece of one: only the first has the name."""
+    if name is None:
+        return {"function": {"arguments": arguments}}
     return {
         "id": f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
+        "function": {"name": name, "arguments": arguments},
     }

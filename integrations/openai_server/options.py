@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_paged.bench.models import checkpoint
+from hf_paged.chat import load_chat_template
 from hf_paged.config import EngineConfig
 from hf_paged.integrations.openai_server.reasoning import REASONING_PARSERS
 from hf_paged.integrations.openai_server.tools import TOOL_PARSERS
 from hf_paged.llm.arguments import PLAIN, EngineArgs
 from hf_paged.lora.request import LoRARequest
 from hf_paged.observe.spans import require_opentelemetry
+from hf_paged.text_file import read_text
 
 
 def _option(default: Any, help: str) -> Any:
@@ -90,6 +92,7 @@ class ServerOptions:
             if getattr(self, name) is not None and not Path(getattr(self, name)).is_file():
                 raise ValueError(f"{name}: there is no file {getattr(self, name)}")
         self.adapters()
+        load_chat_template(self.chat_template)
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
         if self.log_format not in ("text", "json"):
@@ -162,10 +165,9 @@ def parse_options(arguments: Sequence[str]) -> tuple[ServerOptions, EngineArgs]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file of options {file}")
+    content = read_text(file, "file of options")
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        found = yaml.safe_load(content) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(found, Mapping):

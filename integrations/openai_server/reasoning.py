@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hf_paged.structured_outputs import StructuredOutputsParams
+
 
 class ReasoningParser:
     """Splits a growing text at a model's marks, `<think>` and `</think>` as a rule.
@@ -26,6 +28,8 @@ class ReasoningParser:
         while True:
             mark = self.end if self._inside else self.start if not self._begun else None
             at = self._pending.find(mark) if mark else -1
+            if at > 0 and not self._begun and self._pending[:at].strip():
+                at, mark = -1, None  # it answers without reasoning
             if mark is None or at < 0:
                 break
             self._take(self._pending[:at], found)
@@ -78,9 +82,15 @@ ALWAYS_OPEN = ("deepseek_r1",)
 """Parsers of models that reason from the first token on, whether the prompt opens the mark or not."""
 
 
-def reasoning_parser(name: str | None, prompt: str) -> ReasoningParser | None:
-    """A parser for one answer to a prompt."""
-    if name is None:
+def reasoning_parser(
+    name: str | None, prompt: str, form: StructuredOutputsParams | None = None
+) -> ReasoningParser | None:
+    """A parser for one answer to a prompt; None where there is no reasoning.
+
+    Args:
+        form: of the answer. JSON or a choice from its first token on leaves no room for reasoning.
+    """
+    if name is None or (form is not None and form.kind in ("json", "json_object", "choice")):
         return None
     kind = REASONING_PARSERS[name]
     opened = prompt.rstrip().endswith(kind.start)

@@ -58,7 +58,7 @@ def _sampling(serving: Serving, body: ResponsesRequest) -> SamplingParams:
     given["max_tokens"] = body.max_output_tokens or given.get("max_tokens")
     if body.truncation == "auto":
         given["truncate_prompt_tokens"] = -1
-    found = response_format(body.text.format) if body.text is not None and body.text.format is not None else None
+    found = response_format(body.text.format, "text.format") if body.text is not None and body.text.format else None
     form = StructuredOutputsParams(**found) if found else None
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     return SamplingParams(**given, priority=body.priority, structured_outputs=form, output_kind=kind)
@@ -89,7 +89,7 @@ class _Answer:
         self._serving, self._body, self._requests = serving, body, requests
         self._id, self._model, self._created = id, model, int(time.time())
         self._message_id = new_id("msg")
-        self._parser = reasoning_parser(serving.options.reasoning_parser, prompt)
+        self._parser = reasoning_parser(serving.options.reasoning_parser, prompt, requests[0].asked.structured_outputs)
         self._text = ""
         self._thoughts = ""
         self._status = "in_progress"
@@ -132,6 +132,7 @@ class _Answer:
             "output": self._reasoning() + [self._message()] if done else [],
             "parallel_tool_calls": bool(body.parallel_tool_calls),
             "temperature": body.temperature,
+            "text": {"format": {"type": "text"}} | (body.text.model_dump(exclude_none=True) if body.text else {}),
             "top_p": body.top_p,
             "tool_choice": "none",
             "tools": [],

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import transformers
-
 from hf_paged.llm.arguments import EngineArgs
 from hf_paged.observe.logs import configure_logging
 
@@ -39,8 +37,6 @@ def serve(arguments: Sequence[str]) -> None:
         return
     options, args = parse_options(arguments)
     configure_logging(options.log_format)
-    if not sys.stderr.isatty():  # a log has no use for bars
-        transformers.utils.logging.disable_progress_bar()
     from hf_paged.integrations.openai_server.app import make_app
     from hf_paged.integrations.openai_server.connections import allow_many_connections, timed_protocol
     from hf_paged.integrations.openai_server.http_server import HttpServer

@@ -107,8 +107,12 @@ def form_of(body: SamplingFields) -> StructuredOutputsParams | None:
         raise ApiError(400, str(error).replace("StructuredOutputsParams.__init__() ", "structured_outputs ")) from error
 
 
-def response_format(given: dict[str, Any]) -> dict[str, Any] | None:
-    """OpenAI's `response_format` (or `text.format`) as fields of StructuredOutputsParams; None is plain text."""
+def response_format(given: dict[str, Any], field: str = "response_format") -> dict[str, Any] | None:
+    """OpenAI's `response_format`, or `text.format`, as fields of StructuredOutputsParams; None is plain text.
+
+    Args:
+        field: which of them.
+    """
     kind = given.get("type")
     if kind == "text":
         return None
@@ -118,9 +122,9 @@ def response_format(given: dict[str, Any]) -> dict[str, Any] | None:
         schema = given.get("json_schema", given)
         schema = schema.get("schema") if isinstance(schema, dict) else None
         if schema is None:
-            raise ApiError(400, "response_format: json_schema needs a schema", param="response_format")
+            raise ApiError(400, f"{field}: json_schema needs a schema", param=field)
         return {"json": schema}
     if kind == "structural_tag":
         return {"structural_tag": given}
     told = '"text", "json_object", "json_schema" or "structural_tag"'
-    raise ApiError(400, f"response_format: type must be {told}, got {kind!r:.80}", param="response_format")
+    raise ApiError(400, f"{field}: type must be {told}, got {kind!r:.80}", param=field)

@@ -63,12 +63,12 @@ def test_a_watch_tells_the_whole_run() -> None:
     watch = Watch(engine)
     watch.collect()
     picture = watch.picture()
-    assert [lane[1:] for lane in picture["lanes"]] == [["early", 0]]
+    assert [lane[1:] for lane in picture["lanes"]] == [["early", 0, None]]
     for name in "ab":
         engine.add_request([ord(name), 2, 3], SAMPLING, request_id=name)
     engine.step()
     found = watch.collect()
-    assert [lane[1:] for lane in found["lanes"]] == [["a", 0], ["b", 0]]
+    assert [lane[1:] for lane in found["lanes"]] == [["a", 0, None], ["b", 0, None]]
     assert (found["running"], found["waiting"]) == (2, 1)
     generated = found["tokens"][1]
     while engine.has_unfinished():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ from transformers import AutoModelForCausalLM
 import hf_paged
 from hf_paged import LoRARequest
 from hf_paged.integrations.openai_server import ServerOptions, make_app
+from hf_paged.integrations.openai_server.live.watch import Watch
 from hf_paged.integrations.openai_server.options import parse_options
+from hf_paged.observe.logs import RequestLog
+from hf_paged.observe.metrics import EngineMetrics
+from hf_paged.observe.spans import span_attributes
 
 pytest.importorskip("peft")
 
@@ -159,6 +165,59 @@ def test_adapters_of_another_model(live: Live, tmp_path: Path, client: openai.Op
     assert [card.id for card in client.models.list()] == ["tiny", "a", "b"]
 
 
+def info_of(metrics: EngineMetrics) -> dict[str, str]:
+    (found,) = [value for value in metrics.values() if value.name == "lora_requests_info"]
+    assert abs(found.value - time.time()) < 60
+    return dict(found.labels)
+
+
+def test_metrics_say_whose_requests_run_and_wait(tiny_checkpoint: str, folders: dict[str, str]) -> None:
+    engine = hf_paged.wrap(fresh(tiny_checkpoint), **OPTIONS | {"max_num_seqs": 2}).engine
+    metrics = EngineMetrics(engine)
+    nobody = {"running_lora_adapters": "", "waiting_lora_adapters": "", "max_lora": "2"}
+    assert info_of(metrics) == nobody
+    adapters = [LoRARequest("b", 2, folders["b"]), LoRARequest("a", 1, folders["a"]), LoRARequest("c", 3, folders["c"])]
+    for place, adapter in enumerate([*adapters, None, adapters[0]]):
+        engine.add_request("The sea", GREEDY, request_id=str(place), lora_request=adapter)
+    engine.step()
+    assert info_of(metrics) == nobody | {"running_lora_adapters": "a,b", "waiting_lora_adapters": "b,c"}
+    engine.abort([str(place) for place in range(5)])
+    assert info_of(metrics) == nobody
+    metrics.close()
+
+
+def test_metrics_of_a_server_with_adapters(live: Live) -> None:
+    info = [line for line in httpx.get(live.url + "/metrics").text.splitlines() if "lora" in line and line[:1] != "#"]
+    labels = 'max_lora="2",model_name="tiny",running_lora_adapters="",waiting_lora_adapters=""'
+    assert [line.rpartition(" ")[0] for line in info] == [f"hf_paged:lora_requests_info{{{labels}}}"]
+
+
+def test_spans_logs_and_the_live_page_name_the_adapter(
+    tiny_checkpoint: str, folders: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine = hf_paged.wrap(fresh(tiny_checkpoint), **OPTIONS).engine
+    watch, log = Watch(engine), RequestLog(engine, "tiny")
+    ended: list[Any] = []
+    engine.request_observers.append(ended.append)
+    engine.add_request("The sea", GREEDY, request_id="x", lora_request=LoRARequest("a", 1, folders["a"]))
+    engine.add_request("The sea", GREEDY.clone(n=2), request_id="y")
+    engine.step()
+    watch.collect()
+    assert [lane[1:] for lane in watch.picture()["lanes"]] == [["x", 0, "a"], ["y", 0, None], ["y", 1, None]]
+    while engine.has_unfinished():
+        engine.step()
+    watch.close()
+    log.close()
+    attributes = {request.request_id: span_attributes(request) for request in ended}
+    assert attributes["x"]["gen_ai.request.lora_name"] == "a"
+    assert "gen_ai.request.lora_name" not in attributes["y"]
+    logged = {
+        record.fields["request_id"]: record.fields["adapter"] for record in caplog.records if "fields" in vars(record)
+    }
+    assert logged == {"x": "a", "y": None}
+
+
 def test_loading_must_be_allowed(tiny_checkpoint: str, folders: dict[str, str]) -> None:
     model = hf_paged.wrap(fresh(tiny_checkpoint), **OPTIONS)
     with serve(model, ServerOptions(served_model_name=["tiny"])) as closed:
@@ -170,6 +229,7 @@ def test_loading_must_be_allowed(tiny_checkpoint: str, folders: dict[str, str]) 
 
 def test_a_server_without_room_for_adapters(tiny_checkpoint: str, folders: dict[str, str]) -> None:
     model = hf_paged.wrap(fresh(tiny_checkpoint), **OPTIONS | {"enable_lora": False})
+    assert not [value for value in EngineMetrics(model.engine).values() if "lora" in value.name]
     with pytest.raises(ValueError, match="enable_lora=True"):
         make_app(model, ServerOptions(lora_modules=[f"a={folders['a']}"]))
 

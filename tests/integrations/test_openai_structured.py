@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -75,7 +75,54 @@ def test_a_pydantic_model_of_the_client(client: openai.OpenAI) -> None:
 
 def test_responses(client: openai.OpenAI) -> None:
     text: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": ["only this"]}}}
-    assert client.responses.create(model="tiny", input="x", text=text).output_text == '"only this"'
+    found = client.responses.create(model="tiny", input="x", text=text)
+    assert found.output_text == '"only this"' and found.status == "completed"
+    assert found.text is not None and found.text.format is not None and found.text.format.type == "json_schema"
+    with client.responses.stream(model="tiny", input="x", text=text) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == "".join(pieces) == '"only this"'
+    short = client.responses.create(model="tiny", input="x", text=text, max_output_tokens=1)
+    assert short.status == "incomplete" and '"only this"'.startswith(short.output_text)
+    plain = client.responses.create(model="tiny", input="x", max_output_tokens=1)
+    assert plain.text is not None and plain.text.format is not None and plain.text.format.type == "text"
+
+
+def test_a_pydantic_model_as_a_response(client: openai.OpenAI) -> None:
+    class Pick(BaseModel):
+        colour: Literal["red", "blue"]
+
+    found = client.responses.parse(model="tiny", input="x", text_format=Pick, max_output_tokens=200, temperature=0)
+    assert isinstance(found.output_parsed, Pick)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"type": "json_schema", "name": "x"}, "text.format: json_schema needs a schema"),
+        ({"type": "yaml"}, "text.format: type must be"),
+        ({"type": "json_schema", "name": "x", "schema": {"type": "objekt"}}, "Unsupported type"),
+    ],
+)
+def test_malformed_forms_of_responses(client: openai.OpenAI, form: Any, said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.responses.create(model="tiny", input="x", text={"format": form})
+
+
+def test_a_form_leaves_no_room_for_reasoning(
+    monkeypatch: pytest.MonkeyPatch, live: Live, client: openai.OpenAI
+) -> None:
+    """Of a model that reasons from its first token on, too."""
+    monkeypatch.setattr(live.app.state.serving.options, "reasoning_parser", "deepseek_r1")
+    named: Any = {"type": "function", "function": {"name": "paint"}}
+    message = client.chat.completions.create(
+        model="tiny", messages=CHAT, tools=TOOLS, tool_choice=named, max_tokens=64
+    ).choices[0].message  # fmt: skip
+    assert message.tool_calls and message.content is None and not hasattr(message, "reasoning")
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [7]}}}
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, response_format=form)
+    assert answer.choices[0].message.content == "7"
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": [7]}}}
+    assert client.responses.create(model="tiny", input="x", text=text).output_text == "7"
 
 
 @pytest.mark.parametrize(
@@ -117,19 +164,18 @@ def test_a_named_tool(client: openai.OpenAI) -> None:
 
 
 def test_a_required_tool(client: openai.OpenAI) -> None:
-    """Any of them, whatever the model would say; cut short by its length it is text."""
+    """Any of them, whatever the model would say; one that its length cuts short says so."""
     names = set()
     for seed in range(12):
         choice = client.chat.completions.create(
             model="tiny", messages=CHAT, tools=TOOLS, tool_choice="required", max_tokens=48, seed=seed,
             parallel_tool_calls=False, extra_body={"logit_bias": BLANKS},
         ).choices[0]  # fmt: skip
-        if choice.message.tool_calls:
-            (call,) = choice.message.tool_calls
-            names.add(call.function.name)
-            assert choice.finish_reason == "tool_calls"
-        else:
-            assert choice.finish_reason == "length"
+        if choice.finish_reason == "length":
+            continue
+        (call,) = choice.message.tool_calls
+        names.add(call.function.name)
+        assert choice.finish_reason == "tool_calls" and json.loads(call.function.arguments) in ({}, {"colour": "red"})
     assert names and names <= {"paint", "wash"}
 
 

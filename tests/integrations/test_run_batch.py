@@ -28,7 +28,7 @@ from hf_paged.integrations.openai_server.batch_files import BatchOutput, check_b
 from hf_paged.integrations.openai_server.run_batch import open_batch, run_batch
 
 OPTIONS = {"page_size": 16, "num_pages": 128, "max_num_seqs": 4, "max_model_len": 400}
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 def line(id: Any, url: str = TEXT, method: str = "POST", **body: Any) -> str:
@@ -95,6 +95,40 @@ def test_answers_are_the_servers(model: Any, source: Path, target: Path) -> None
             changing = {"id": None, "created": None, "usage": None}  # usage has cached tokens
             assert response["body"] | changing == wanted.json() | changing
     assert not found
+
+
+def test_structured_answers(monkeypatch: pytest.MonkeyPatch, model: Any, source: Path, target: Path) -> None:
+    """In every way to ask for them; a form that cannot be is an error of its line."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 2)
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": city}}
+    said = {"messages": [{"role": "user", "content": "the sea"}]}
+    tool = {"type": "function", "function": {"name": "go", "parameters": {"enum": [{"city": "Oslo"}]}}}
+    compact = {"json": city, "disable_any_whitespace": True}
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "chat": (CHAT, said | {"structured_outputs": compact}),
+        "text": (TEXT, {"prompt": "x", "structured_outputs": compact}),
+        "choice": (CHAT, said | {"guided_choice": ["red", "blue"]}),
+        "named": (CHAT, said | {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "go"}}}),
+        "two forms": (CHAT, said | {"response_format": form, "guided_choice": ["red"]}),
+        "bad form": (TEXT, {"prompt": "x", "guided_regex": "(a"}),
+    }
+    lines = [line(id, url, **{"max_tokens": 60, "seed": 3} | body) for id, (url, body) in bodies.items()]
+    enum = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": ["only this"]}}}
+    asked = {"input": "x", "max_output_tokens": 60, "text": enum}
+    lines.append(json.dumps({"custom_id": "response", "method": "POST", "url": RESPONSE, "body": asked}) + "\n")
+    source.write_text("".join(lines))
+    assert answer(model, source, target) == 2
+    found = {entry["custom_id"]: entry["response"] for entry in lines_of(target)}
+    assert {id for id, told in found.items() if told["status_code"] == 400} == {"two forms", "bad form"}
+    assert json.loads(found["chat"]["body"]["choices"][0]["message"]["content"])["city"] in ("Oslo", "Rome")
+    assert json.loads(found["text"]["body"]["choices"][0]["text"])["city"] in ("Oslo", "Rome")
+    assert found["choice"]["body"]["choices"][0]["message"]["content"] in ("red", "blue")
+    (call,) = found["named"]["body"]["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
+    assert found["response"]["body"]["output"][0]["content"][0]["text"] == '"only this"'
+    assert "one form of output" in found["two forms"]["body"]["error"]["message"]
+    assert "cannot be compiled" in found["bad form"]["body"]["error"]["message"]
 
 
 def test_bad_lines_are_errors_of_their_own(model: Any, source: Path, target: Path) -> None:

@@ -61,7 +61,7 @@ def test_command(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=0.3)
     assert rows[1]["weight_bytes"] < rows[0]["weight_bytes"]
     result = CliRunner().invoke(app, [*command, "--text", str(tmp_path / "none")])
-    assert result.exit_code == 1 and "no text at" in " ".join(result.output.split())
+    assert result.exit_code == 1 and "there is no text" in " ".join(result.output.split())
 
 
 class Subject:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.sampling_params import SamplingParams
+from hf_paged.text_file import read_text
 from hf_paged.wrap import unwrap, wrap
 
 logger = logging.getLogger(__name__)
@@ -28,16 +29,14 @@ def read_texts(calibration: Calibration) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line of a .jsonl has no text, or there is no text at all.
+        ValueError: it cannot be read, a line of a .jsonl has no text, or there is no text at all.
     """
     assert calibration is not None and not isinstance(calibration, Tensor)
     if not isinstance(calibration, str | Path):
         texts, where = list(calibration), "calibration"
     else:
         file, where = Path(calibration), str(calibration)
-        if not file.is_file():
-            raise FileNotFoundError(f"no calibration text at {file}: a file is wanted, of plain text or .jsonl")
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file, "calibration text")
         texts = [content] if file.suffix != ".jsonl" else _read_lines(file, content)
     if not any(texts):
         raise ValueError(f"{where} holds no text")

@@ -28,8 +28,8 @@ function take(message) {
   }
   // The message that was fastest on its way tells the clock best; it may drift by a millisecond a message.
   state.clock = Math.max(state.clock - 1, offset);
-  for (const [number, request, sample] of message.lanes) {
-    state.lanes.set(number, { number, request, sample, phases: [], row: -1, shownFrom: 0, ended: null, reason: null });
+  for (const [number, request, sample, adapter] of message.lanes) {
+    state.lanes.set(number, { number, request, sample, adapter, phases: [], row: -1, shownFrom: 0, ended: null, reason: null });
   }
   for (const [number, kind, start, end, tokens, accepted] of message.phases) {
     const lane = state.lanes.get(number);

@@ -89,6 +89,7 @@ function showTip(found, width) {
   const lines = [`${lane.request}${lane.sample ? ` #${lane.sample}` : ""}`];
   lines.push(`${COLORS[phase.kind]}: ${seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`}${phase.tokens ? `, ${phase.tokens} tokens` : ""}`);
   if (phase.accepted) lines.push(`${phase.accepted} of them drafted`);
+  if (lane.adapter) lines.push(`adapter ${lane.adapter}`);
   if (lane.reason) lines.push(`ended by ${lane.reason}`);
   tip.textContent = lines.join("\n");
   tip.style.left = `${Math.max(0, Math.min(pointer.x + 12, width - tip.offsetWidth))}px`;

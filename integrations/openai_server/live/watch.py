@@ -34,7 +34,7 @@ class _News:
     """What happened since the last message."""
 
     lanes: list[list[Any]] = field(default_factory=list)
-    """[lane, request id, sample index]."""
+    """[lane, request id, sample index, adapter's name or None]."""
     phases: list[list[int]] = field(default_factory=list)
     """[lane, place in KINDS, start in ms, end in ms, tokens, accepted]. One with lane, kind and start of an earlier one
     takes its place."""
@@ -62,8 +62,8 @@ class Watch:
         self._zero_s = time.monotonic()
         self._events: deque[tuple[Callable[[Any], None], Any]] = deque(maxlen=MOST_EVENTS)
         self._timeline = Timeline()
-        self._lanes: dict[Lane, int] = {}
-        """Numbers of sequences whose last phase is not told."""
+        self._lanes: dict[Lane, list[Any]] = {}
+        """What was told of sequences whose last phase is not: see `_News.lanes`."""
         self._num_lanes = 0
         self._over: list[Request] = []
         self._awaited: dict[str, Request] = {}
@@ -110,7 +110,7 @@ class Watch:
             "num_pages": scheduler.num_pages,
             "page_size": scheduler.page_size,
             "max_num_seqs": scheduler.max_num_seqs,
-            "lanes": [[number, *lane] for lane, number in self._lanes.items()],
+            "lanes": list(self._lanes.values()),
             "phases": [self._told(phase) for phase in self._timeline.going_on(now)],
             "per_cell": per_cell,
             "pages": cells,
@@ -172,8 +172,9 @@ class Watch:
         arrival = self._ms(request.metrics.arrival_time)
         for sequence in request.sequences:
             self._num_lanes += 1
-            self._lanes[request.request_id, sequence.index] = self._num_lanes
-            self._news.lanes.append([self._num_lanes, request.request_id, sequence.index])
+            told = [self._num_lanes, request.request_id, sequence.index, request.adapter_name]
+            self._lanes[request.request_id, sequence.index] = told
+            self._news.lanes.append(told)
             self._news.phases.append([self._num_lanes, 0, arrival, arrival, 0, 0])
 
     def _take_step(self, record: StepRecord) -> None:
@@ -206,14 +207,14 @@ class Watch:
             return
         for request in self._over:
             for sequence in request.sequences:
-                number = self._lanes.pop((request.request_id, sequence.index), None)
-                if number is not None:
-                    self._news.ends.append([number, sequence.finish_reason])
+                lane = self._lanes.pop((request.request_id, sequence.index), None)
+                if lane is not None:
+                    self._news.ends.append([lane[0], sequence.finish_reason])
         self._over.clear()
 
     def _told(self, phase: Phase) -> list[int]:
         start, end = self._ms(phase.start_s), self._ms(phase.end_s)
-        return [self._lanes[phase.lane], KINDS.index(phase.kind), start, end, phase.tokens, phase.accepted]
+        return [self._lanes[phase.lane][0], KINDS.index(phase.kind), start, end, phase.tokens, phase.accepted]
 
     def _ms(self, at_s: float) -> int:
         return round((at_s - self._zero_s) * 1000)
