@@ -255,7 +255,7 @@ class DecodeClock:
 
 def count_kernels(events: Iterable[Any]) -> int:
     """How many of torch's profiler's events are kernels on a GPU, not copies, fillings or labels."""
-    on_gpu = [event for event in events if event.device_type is DeviceType.CUDA and not event.is_user_annotation]
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 
