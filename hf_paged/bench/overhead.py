@@ -17,8 +17,10 @@ from hf_paged.bench.serve import drive
 from hf_paged.engine.async_engine import AsyncEngine
 from hf_paged.sampling_params import SamplingParams
 
-ALONE = 16
-"""Requests per round that are sent one after the other."""
+ALONE = 48
+"""Requests per round and side that are sent one after the other, the sides taking turns."""
+ALONE_LEN = 16
+"""Tokens of their prompts at most: the longer these take, the more of what is measured is the machine's mood."""
 
 
 def run_overhead(
@@ -67,16 +69,20 @@ async def _measure(
         sides: dict[str, Send] = {"server": server.send, "engine": EngineRequests(engine, sampling).send}
         for number in range(rounds + 1):  # the first one warms up
             requests = _requests(number, streams, tokens, input_len, vocabulary)
-            singles = _requests(-1 - number, ALONE, 1, input_len, vocabulary)
+            singles = _requests(-1 - number, ALONE, 1, min(input_len, ALONE_LEN), vocabulary)
             order = list(sides) if number % 2 else list(reversed(sides))
             for side in order:
                 timings, took = await drive(requests, sides[side], [0.0] * streams)
-                ones = [await sides[side](single) for single in singles]
-                _check(timings + ones)
+                _check(timings)
                 if number:
                     seconds[side].append(took)
                     ttfts[side] += [timing.ttft for timing in timings]
-                    alone[side] += [timing.ttft for timing in ones]
+            for single in singles:
+                for side in order:
+                    timing = await sides[side](single)
+                    _check([timing])
+                    if number:
+                        alone[side].append(timing.ttft)
             if number:
                 log(f"round {number}: server {seconds['server'][-1]:.3f} s, engine {seconds['engine'][-1]:.3f} s")
     return {

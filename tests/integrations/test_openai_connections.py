@@ -275,4 +275,4 @@ def test_ten_thousand_requests(tiny_checkpoint: str) -> None:
         assert replica.load == 0 and replica.metric("num_requests_running") == 0
         assert replica.metric("kv_cache_usage_perc") == 0
         assert replica.metric("request_success_total") == 10_000
-    assert sizes[-1] - sizes[4] < 64, f"MiB after each thousand requests: {sizes}"
+    assert sizes[-1] - sizes[4] < 24, f"MiB after each thousand requests: {sizes}"
