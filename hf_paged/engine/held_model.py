@@ -324,6 +324,7 @@ class HeldModel(Executor):
     def sleep(self) -> None:
         if self.storage is None or self._asleep:
             return
+        self._waiting = None  # of a step that was given up: it holds logits
         self._asleep = True  # whatever interrupts the release: waking makes it whole
         released = [pool.release() for pool in self._pools()]
         if not all(released):

@@ -39,7 +39,7 @@ class _Flight:
     start_s: float
     weight_version: int
     speculates: bool
-    """Whether drafts were asked for."""
+    """Whether drafters were asked; what forms force is drafted either way."""
 
 
 class StepLoop:

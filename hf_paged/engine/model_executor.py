@@ -98,10 +98,9 @@ class ModelExecutor(HeldModel):
         if self._sharing is not None and not batch.drafts:
             shared = self._sharing.plan(batch.decodes, self._inputs.block_table)
         if self._graphs is not None:
-            count, dependent = len(batch.decodes), bool(batch.drafts)
-            fits = not batch.chunks and self._graphs.holds(count, dependent)
-            kind = shared is not None, dependent, adapted, _all_fused(batch.decodes)
-            if fits and self._prepare_graph(count, *kind):
+            count, dependent, draws = len(batch.decodes), bool(batch.drafts), _all_fused(batch.decodes)
+            fits = not batch.chunks and self._graphs.holds(count, dependent, draws)
+            if fits and self._prepare_graph(count, shared is not None, dependent, adapted, draws):
                 return self._replay(self._graphs, batch, writes, shared, adapted)
             if writes is not None and self._graphs is not None:
                 self._graphs.write_pages(writes)
@@ -123,7 +122,7 @@ class ModelExecutor(HeldModel):
             self._graphs.prepare(count, shares, dependent, adapted, draws)
         except torch.OutOfMemoryError:
             logger.warning("no memory is left for a CUDA graph of %d sequences: such steps run without", count)
-            self._graphs.give_up(count, dependent)
+            self._graphs.give_up(count, dependent, draws)
             return False
         except CaptureFailed as error:
             logger.warning("decode runs without CUDA graphs: the model cannot be captured (%s)", error)

@@ -54,7 +54,7 @@ class Sequence:
     text: SequenceText | None = None
     """Its text so far, where somebody reads along; the output processor's."""
     form_state: FormState | None = None
-    """How far it has followed its request's form; the sampler's."""
+    """How far it has followed its request's form; whoever makes masks or drafts brings it to the tokens first."""
     num_reported: int = 0
     """Generated tokens that a reader of deltas has been given."""
     end_reported: bool = False

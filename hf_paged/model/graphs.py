@@ -129,7 +129,8 @@ class DecodeGraphs:
         self._logits: Tensor | None = None
         """`[rows, V]`, where steps leave them that do not draw."""
         self._captured: dict[Kind, Captured[CapturedDecode]] = {}
-        self._given_up: set[int] = set()
+        self._given_up: set[tuple[int, bool]] = set()
+        """Sizes, with draws or without: logits to leave need memory of their own."""
         self.recorder = recorder or CudaRecorder(device)
 
     @property
@@ -137,13 +138,13 @@ class DecodeGraphs:
         """int64 `[rows]`, what the last replay sampled; the next one may read its tokens from here."""
         return self.outputs.device["tokens"]
 
-    def holds(self, count: int, dependent: bool = False) -> bool:
+    def holds(self, count: int, dependent: bool = False, draws: bool = True) -> bool:
         """Whether there is a size for so many rows."""
-        return 0 < count <= self.sizes[-1] and self._size(count, dependent) not in self._given_up
+        return 0 < count <= self.sizes[-1] and (self._size(count, dependent), draws) not in self._given_up
 
-    def give_up(self, count: int, dependent: bool = False) -> None:
+    def give_up(self, count: int, dependent: bool = False, draws: bool = True) -> None:
         """So many rows will run without a graph."""
-        self._given_up.add(self._size(count, dependent))
+        self._given_up.add((self._size(count, dependent), draws))
 
     # ---- replay --------------------------------------------------------------------------------------------
 

@@ -27,6 +27,9 @@ MAX_DEPTH = 64
 
 CACHE_BYTES = 512 << 20
 
+MOST_FORCED = 512
+"""Characters of a forced text that are cut into tokens at once; a step verifies less."""
+
 MANY = 4
 """From so many masks on, threads make them."""
 MOST_THREADS = 8
@@ -103,8 +106,19 @@ class FormState:
         except (ValueError, RuntimeError):
             self.begin_anew()  # whoever asks for the mask is told
             return []
-        text = self.matcher.find_jump_forward_string() if self.goes_on else ""
+        except BaseException:
+            self.begin_anew()  # an interrupt may have come between the matcher and what is known of it
+            raise
+        text = self._certain_text()[:MOST_FORCED]
         return self._form.encode(text) if text else []
+
+    def _certain_text(self) -> str:
+        """What must come next, in whole characters from where the tokens end."""
+        try:
+            return self.matcher.find_jump_forward_string() if self.goes_on else ""
+        except UnicodeDecodeError as error:
+            # The matcher knows bytes: the last token may have ended within a character, or a choice begins within one.
+            return error.object[: error.start].decode()
 
     def accept(self, token: int) -> bool:
         """Goes on by a token, if it may come next."""
@@ -239,9 +253,14 @@ def _walk(
             for matcher, place in zip(matchers, places, strict=True):
                 matcher.fill_next_token_bitmask(mask, place)
         else:
-            _threads().batch_fill_next_token_bitmask(matchers, mask, places)
+            with _threads_lock:
+                _threads().batch_fill_next_token_bitmask(matchers, mask, places)
         depth += 1
         walks = {state: rows for state, rows in here.items() if len(rows) > depth}
+
+
+_threads_lock = threading.Lock()
+"""Several engines may be at work, and what they find in `_threads` ends the process if it is called by two at once."""
 
 
 @functools.cache
@@ -304,7 +323,7 @@ class StructuredLogitsProcessor(LogitsProcessor):
 def _speller(tokenizer: Any, info: Any) -> Callable[[str], list[int]]:
     """Cuts a piece of a text into the tokens that a model has learnt for it, all but the last one: that one depends on
     what follows. No tokens where they would not spell the piece exactly (a tokenizer that begins every text with a
-    space, say), or by a tokenizer in Python, which is slow."""
+    space, say) or the model has not all of them, or by a tokenizer in Python, which is slow."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return lambda text: []
@@ -316,6 +335,8 @@ def _speller(tokenizer: Any, info: Any) -> Callable[[str], list[int]]:
     @functools.lru_cache(maxsize=4096)
     def encode(text: str) -> list[int]:
         ids = own.encode(text, add_special_tokens=False).ids
+        if any(token >= len(vocabulary) for token in ids):  # added to the tokenizer, not to the model
+            return []
         return ids[:-1] if b"".join(vocabulary[token] for token in ids) == text.encode() else []
 
     return encode

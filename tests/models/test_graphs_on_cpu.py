@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -368,6 +370,50 @@ def test_an_interrupt_while_a_draw_waits(model: Any, monkeypatch: pytest.MonkeyP
         tokens_of(engine, masked_requests(engine, monkeypatch))
     assert engine.scheduler.num_active_pages == 0 and not engine.has_unfinished()
     assert tokens_of(engine, masked_requests(engine, monkeypatch)) == expected
+
+
+def test_no_memory_for_logits_leaves_the_others_their_graphs(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps that do not draw need room for their logits; those that do need not pay for it."""
+    engine, recorder = graph_engine(model, monkeypatch)
+    decode: Any = engine.executor._graphs  # type: ignore[attr-defined]
+    engine.executor._mixed = None  # type: ignore[attr-defined]
+    finish = decode.finish
+
+    def finished(logits: Any, rows: Any, *, draws: bool) -> None:
+        if not draws:
+            raise torch.OutOfMemoryError("no room")
+        finish(logits, rows, draws=draws)
+
+    monkeypatch.setattr(decode, "finish", finished)
+    plain = build_engine(model, hf_paged.EngineConfig(max_num_seqs=4, page_size=4, num_pages=64))
+    expected = tokens_of(plain, masked_requests(plain, monkeypatch))
+    assert tokens_of(engine, masked_requests(engine, monkeypatch)) == expected
+    assert any("no memory is left" in record.message for record in caplog.records)
+    before = recorder.count
+    assert run(engine, hf_paged.SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True)) == stock(model, 7)
+    assert recorder.count > before + 5
+
+
+def test_a_step_that_was_given_up_keeps_no_logits_of_a_closed_engine(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = graph_engine(model, monkeypatch)
+    executor: Any = engine.executor
+
+    def interrupted() -> None:
+        if executor._waiting is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(engine, masked_requests(engine, monkeypatch))
+    assert executor._waiting is not None
+    logits = weakref.ref(executor._waiting)
+    engine.close()
+    gc.collect()
+    assert logits() is None
 
 
 # ---- speculation -------------------------------------------------------------------------------------------
