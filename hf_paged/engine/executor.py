@@ -53,8 +53,12 @@ class Executor:
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Called whenever the tokens of all steps but the last one launched are known: what that one waits for to know
-        can be done."""
+        """Called whenever a step has landed, before the next one is launched: what the last one launched waits for to
+        know can be done.
+
+        Raises:
+            torch.OutOfMemoryError: that step is lost; a smaller one may be launched after that.
+        """
 
     def looks_ahead(self, request: Request) -> bool:
         """Whether the step after one that samples for this request may be launched before its token is known here."""

@@ -157,7 +157,7 @@ class StepLoop:
         touched = self._append(flight, result)
         if _poisons(result):
             self._purge()
-        self.executor.settle()
+        self._settle()
         if not flight.batch.chunks and flight.batch.decodes:
             num_seqs = len(flight.batch.decodes) - sum(map(len, flight.batch.drafts.values()))
             tokens = self.stats.generation_tokens - known
@@ -166,6 +166,15 @@ class StepLoop:
             then()  # if memory ran out in there, steps have landed that told about some requests' ends
         self._report([request for request in touched if request.request_id in self._requests])
         self._count(flight.batch, start, verified)
+
+    def _settle(self) -> None:
+        try:
+            self.executor.settle()
+        except torch.OutOfMemoryError:
+            if self.scheduler.max_num_batched_tokens == 1:
+                raise
+            self._flights.clear()  # what the last one draws will never be known
+            self._shrink()
 
     def _purge(self) -> None:
         """The model left keys and values that are not numbers. Masked out they would still poison whoever gets their

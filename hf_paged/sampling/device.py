@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_paged.engine.request import Sequence
 from hf_paged.model.buffers import PackedBuffer
-from hf_paged.sampling.errors import NonFiniteLogits
+from hf_paged.sampling.errors import NonFiniteLogits, NothingToSample
 from hf_paged.sampling.fused import SamplingRows, SlotParams
 from hf_paged.sampling.masks import masks_of
 
@@ -104,13 +104,7 @@ class Landing:
         self.landed.synchronize()
         count = len(sequences)
         tokens = self.results["tokens"][:count]
-        errors: dict[int, Exception] = {
-            int(row): NonFiniteLogits(
-                f"request {sequences[row].request.request_id!r}: nothing can be sampled after "
-                f"{sequences[row].num_generated} tokens, its logits are not finite"
-            )
-            for row in np.flatnonzero(tokens < 0)
-        }
+        errors = {int(row): _failure(sequences[row], int(tokens[row])) for row in np.flatnonzero(tokens < 0)}
         logprobs = None
         if any(sequence.request.sampling.logprobs is not None for sequence in sequences):
             logprobs = self.results["logprobs"][:count].tolist(), self.results["ranks"][:count].tolist()
@@ -173,6 +167,14 @@ class Draw:
         assert self._landing is not None
         drawn = self._landing.wait(self._sequences)
         return replace(drawn, errors=self._errors | drawn.errors)
+
+
+def _failure(sequence: Sequence, token: int) -> Exception:
+    """What a negative token says; see `sample_tokens`."""
+    start = f"request {sequence.request.request_id!r}: nothing can be sampled after {sequence.num_generated} tokens, "
+    if token == -1:
+        return NonFiniteLogits(start + "its logits are not finite")
+    return NothingToSample(start + "the model gives nothing that is allowed a chance")
 
 
 class DeviceSampler:

@@ -63,7 +63,7 @@ class DraftStats:
 
 
 class Speculator:
-    """Asks drafters, between a step's landing and the next one's launch.
+    """Asks drafters, between a step's landing and the next one's launch, and whether that is worth waiting for.
 
     Args:
         max_rows: of a step; verifications get what decodes leave of them.
@@ -87,8 +87,8 @@ class Speculator:
         self._requests: set[str] = set()
         """Unfinished ones that want drafts."""
         self._jumps = jumps
-        self._forms: set[str] = set()
-        """Unfinished ones with a form."""
+        self._forms: dict[str, float] = {}
+        """Unfinished ones with a form, and how much of what it forces is accepted."""
         self._forced: set[Sequence] = set()
         """Whose last draft was forced."""
         self._rates: dict[Sequence, float] = {}
@@ -97,12 +97,14 @@ class Speculator:
     def begin(self, request: Request) -> None:
         if request.speculation is not None:
             self._requests.add(request.request_id)
-        if request.form is not None and self._jumps:
-            self._forms.add(request.request_id)
+        # A processor may remember what it was called for, and drafts may be rejected that nobody asked for.
+        called = request.sampling.logits_processors or request.hooks is not None
+        if request.form is not None and self._jumps and not called:
+            self._forms[request.request_id] = FIRST_RATE
 
     def end(self, request: Request) -> None:
         """The request is finished."""
-        self._forms.discard(request.request_id)
+        self._forms.pop(request.request_id, None)
         self._forced.difference_update(request.sequences)
         if request.speculation is None:
             return
@@ -127,9 +129,9 @@ class Speculator:
         if not self._forms or len(running) > min(FEW_SEQS, self.max_rows - 1):
             return False
         forced = sum(
-            max(len(sequence.form_state.forced(sequence)) - sequence.num_pending, 0)
+            max(len(self._forced_after(sequence)) - sequence.num_pending, 0)
             for sequence in running
-            if sequence.form_state is not None
+            if sequence.num_computed + 1 >= len(sequence.tokens)
         )
         return forced >= max(WORTH * len(running), 1)
 
@@ -157,19 +159,30 @@ class Speculator:
         """What forms force, where anything is."""
         drafts: dict[Sequence, list[int]] = {}
         for sequence in decoding:
-            if sequence.form_state is not None and (forced := sequence.form_state.forced(sequence)[:rows]):
+            if forced := self._forced_after(sequence)[:rows]:
                 drafts[sequence] = forced
                 rows -= len(forced)
         return drafts
 
+    def _forced_after(self, sequence: Sequence) -> list[int]:
+        """Of a model that spells texts in other ways nothing is drafted."""
+        state = sequence.form_state
+        if state is None or self._forms.get(sequence.request.request_id, 0.0) < LIKELY:
+            return []
+        return state.forced(sequence)
+
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        seen = min(drafted, accepted + 1)  # what comes after the first rejected token tells nothing
+        request = sequence.request
         if sequence in self._forced:
             self.stats.setdefault(FORCED, DraftStats()).count(drafted, accepted)
+            if (known := self._forms.get(request.request_id)) is not None:
+                self._forms[request.request_id] = known + NEWEST * (accepted / seen - known)
             return
-        config = sequence.request.speculation
-        assert config is not None
+        config = request.speculation
+        if config is None:
+            return  # the request has ended meanwhile
         self.stats.setdefault(config.method, DraftStats()).count(drafted, accepted)
-        seen = min(drafted, accepted + 1)  # what comes after the first rejected token tells nothing
         rate = self._rates.get(sequence, FIRST_RATE)
         self._rates[sequence] = rate + NEWEST * (accepted / seen - rate)
 

@@ -315,15 +315,16 @@ def _finish(
     finite = (peak > -float("inf")) & (peak < float("inf")) & (total == total)
 
     scores = tl.load(best_scores + parts, mask=there, other=-float("inf"))
-    _, block = tl.max(scores, 0, return_indices=True)
+    best, block = tl.max(scores, 0, return_indices=True)
+    drawn = finite & (best > -float("inf"))  # else all that the mask allows is -inf
     token = tl.load(best_tokens + program * num_blocks + block)
     row = logits + program.to(tl.int64) * row_stride
     logit = tl.load(row + token, mask=finite, other=0.0).to(tl.float32)
-    tl.store(tokens + program, tl.where(finite, token, -1).to(tl.int64))
-    tl.store(logprobs + program, tl.where(finite, (logit - peak) * scale - tl.log2(total) * LN2, float("nan")))
+    tl.store(tokens + program, tl.where(drawn, token, tl.where(finite, -2, -1)).to(tl.int64))
+    tl.store(logprobs + program, tl.where(drawn, (logit - peak) * scale - tl.log2(total) * LN2, float("nan")))
 
     rank = tl.full([], 0, tl.int32)
-    if finite & (tl.load(wants_rank + program) != 0):
+    if drawn & (tl.load(wants_rank + program) != 0):
         larger = tl.zeros([BLOCK], tl.int32)
         for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
             larger += (_load_logits(row, start, vocab, BLOCK) > logit).to(tl.int32)
@@ -373,9 +374,10 @@ def sample_tokens(
     Args:
         logits: `[B, V]`, bfloat16, float16 or float32; rows may be farther apart than V.
         rows: the parameters, on the same device.
-        tokens: int64 `[B]`, written; -1 where a row has a NaN, +inf, or nothing finite.
+        tokens: int64 `[B]`, written; -1 where a row has a NaN, +inf, or nothing finite, -2 where all that is allowed
+            is -inf.
         logprobs: float32 `[B]`, written: the token's under the softmax of the logits times `rows.logprob_scale`,
-            without filters; NaN beside a token of -1.
+            without filters; NaN beside a negative token.
         ranks: int32 `[B]`, written: 1 + how many logits are larger, in rows that want it, else 0.
         mask: int32 `[B, ceil(V / 32)]`, a bit per token, the lowest first: only tokens whose bit is 1 are drawn, at
             least one per row. Log-probabilities and ranks are as without it.

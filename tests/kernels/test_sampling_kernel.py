@@ -491,6 +491,19 @@ def test_masked_tokens_are_as_if_their_logits_were_not_there(data: st.DataObject
     assert whole[3] == tokens[3] and whole_logprobs[3] == logprobs[3]  # a neighbour's mask is not its own
 
 
+@pytest.mark.parametrize("options", [(1.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1), (0.0, 0, 1.0, 0.0)], ids=str)
+def test_rows_without_a_chance(options: tuple[float, int, float, float]) -> None:
+    """All that the mask allows is -inf: not the model's fault, and not what a row of NaN is."""
+    logits = random_logits(3, 40)
+    logits[0, 7:9] = -torch.inf
+    logits[1, 3] = torch.nan
+    allowed = torch.zeros(3, 40, dtype=torch.bool)
+    allowed[:, 7:9] = True
+    tokens, logprobs, ranks = sample(logits, rows_of(3, *options), 16, packed_bits(allowed))
+    assert tokens[:2].tolist() == [-2, -1] and int(tokens[2]) in (7, 8)
+    assert logprobs[:2].isnan().all() and ranks[:2].tolist() == [0, 0]
+
+
 def test_thresholds_below_what_the_lanes_hold() -> None:
     """A search that must read the row again reads the mask again too."""
     logits = random_logits(2, 600, scale=0.01)

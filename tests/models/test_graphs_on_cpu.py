@@ -355,6 +355,49 @@ def test_masked_samples_and_log_probabilities(model: Any, monkeypatch: pytest.Mo
                 assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
 
 
+def test_no_memory_for_a_draw_that_waited(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes on in smaller batches, from the tokens that are known."""
+    engine, _ = graph_engine(model, monkeypatch)
+    expected = tokens_of(engine, masked_requests(engine, monkeypatch))
+    settle, times = engine.executor.settle, itertools.count()
+
+    def failing() -> None:
+        if engine.executor._waiting is not None and next(times) in (2, 5):  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError("no room")
+        settle()
+
+    monkeypatch.setattr(engine.executor, "settle", failing)
+    budget = engine.scheduler.max_num_batched_tokens
+    requests = masked_requests(engine, monkeypatch)
+    last = {output.request_id: output for output in engine.run(requests)}
+    assert [[last[r.request_id].outputs[0].token_ids] for r in requests] == expected
+    assert next(times) > 5 and engine.scheduler.max_num_batched_tokens == budget // 4
+    assert engine.scheduler.num_active_pages == 0
+
+
+def test_what_the_model_gives_no_chance(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request fails, and nothing that others have is wiped."""
+    engine, _ = graph_engine(model, monkeypatch)
+    free = hf_paged.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    (expected,) = tokens_of(engine, [engine.intake.request(prompts()[0], free)])
+    forward = engine.executor._runner._compute  # type: ignore[attr-defined]
+
+    def without_nine(*args: Any) -> torch.Tensor:
+        logits = forward(*args).clone()
+        logits[:, 9] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(engine.executor._runner, "_compute", without_nine)  # type: ignore[attr-defined]
+    purged = []
+    monkeypatch.setattr(engine, "_purge", lambda: purged.append(True))
+    requests = [engine.intake.request(prompts()[0], each) for each in (free, free.clone(allowed_token_ids=[9]))]
+    last = {output.request_id: output for output in engine.run(requests)}
+    assert 9 in expected[0] or last[requests[0].request_id].outputs[0].token_ids == expected[0]
+    with pytest.raises(Exception, match="nothing that is allowed a chance"):
+        raise last[requests[1].request_id].error or AssertionError
+    assert not purged
+
+
 def test_an_interrupt_while_a_draw_waits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = graph_engine(model, monkeypatch)
     expected = tokens_of(engine, masked_requests(engine, monkeypatch))

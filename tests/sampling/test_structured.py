@@ -186,6 +186,31 @@ def test_what_is_forced_may_be_spelled_otherwise(tiny_checkpoint: str, model: An
     assert [sample.token_ids for sample in output.outputs] == [sample.token_ids for sample in expected.outputs]
 
 
+def test_whose_words_are_spelled_otherwise_is_not_drafted_for(bytewise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_paged.sampling.structured import FormState
+
+    monkeypatch.setattr(FormState, "forced", lambda state, sequence: [1, 1, 1])
+    model = hf_paged.wrap(bytewise, tokenizer=byte_tokenizer(), **OPTIONS)
+    (output,) = model.generate_many(["The sea"], sampling(60, regex="and then the long way round to the end"))
+    assert output.outputs[0].text == "and then the long way round to the end"
+    assert 3 <= model.engine.speculator.stats["forced"].num_drafts <= 8
+    hf_paged.unwrap(bytewise)
+
+
+def test_processors_are_called_as_without_forms(bytewise: Any) -> None:
+    """One that counts would notice rows of drafts."""
+    calls = []
+
+    def processor(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(generated))
+        return logits
+
+    model = hf_paged.wrap(bytewise, tokenizer=byte_tokenizer(), **OPTIONS)
+    model.generate_many(["The sea"], sampling(30, regex="and then the long way").clone(logits_processors=[processor]))
+    assert calls == list(range(len(calls)))
+    hf_paged.unwrap(bytewise)
+
+
 def test_preempted_and_computed_again(tiny_checkpoint: str, model: Any) -> None:
     prompts = [f"Number {i} of the sea" for i in range(4)]
     form = sampling(regex="([0-9]{3}-){6}").clone(max_tokens=32)
