@@ -164,7 +164,7 @@ class Engine(StepLoop):
 
     def warm_up(self) -> None:
         """Compiles and captures now what decode steps would otherwise compile and capture when it is first needed, so
-        that no request waits for it."""
+        that no request waits for it, but for those with masks, penalties or processors."""
 
         self._take_turn(self._warm_up)
 

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the whole step, from token ids to sampled tokens, is one launch.
+"""Decode steps as CUDA graphs: the whole step, from token ids to sampled tokens or to logits, is one launch.
 
 A graph is captured for each of a ladder of batch sizes when it is first needed; a batch runs in the smallest graph that
 holds it, its other rows being padding. Decode is bound by memory, so padding costs little, and a sparse ladder keeps
