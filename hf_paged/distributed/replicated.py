@@ -29,6 +29,8 @@ from hf_paged.engine.loop import Deliver
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.stats import EngineLoad, EngineStats, StepRecord
+from hf_paged.lora.request import LoRARequest
+from hf_paged.lora.travel import AdapterSender
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -83,6 +85,7 @@ class ReplicatedEngine:
             logprobs_mode=first.logprobs_mode,
             speculation=first.speculation,
             seed=seed,
+            adapters=first.adapters,
         )
         self.observers: list[Callable[[StepRecord], None]] = []
         """Called with a replica's last step, a few times per second."""
@@ -96,6 +99,8 @@ class ReplicatedEngine:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         """Something was delivered, or has ended."""
+        self._senders = {handle: AdapterSender() for handle in self.handles}
+        """Of adapters, which are read here, once."""
         self._entries: dict[str, _Entry] = {}
         self._arrivals = itertools.count()
         self._unclaimed: list[RequestOutput] = []
@@ -109,10 +114,17 @@ class ReplicatedEngine:
     # ---- for callers who own the loop ------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """As `Engine.add_request`."""
-        request = self.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        request = self.intake.request(
+            prompt, sampling or SamplingParams(), request_id=request_id, lora_request=lora_request
+        )
         self.submit([request])
         return request.request_id
 
@@ -303,6 +315,27 @@ class ReplicatedEngine:
         self._on_engines("set_tokenizer", tokenizer)
         self.intake.tokenizer = tokenizer
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As `Engine.add_lora`; it is on its way to all replicas then."""
+        known = lora_request.lora_int_id in self.list_loras()
+        adapter = self.intake.adapter(lora_request)
+        with self._lock:
+            for handle in self._alive():
+                handle.send("adapters", self._senders[handle].news([adapter]))
+        return not known or lora_request.load_inplace
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """As `Engine.remove_lora`."""
+        found = self.intake.need_adapters().remove(lora_int_id)
+        with self._lock:
+            for handle in self._alive():
+                handle.send("adapters", self._senders[handle].news([]))
+        return found
+
+    def list_loras(self) -> set[int]:
+        """As `Engine.list_loras`."""
+        return self.intake.need_adapters().ids()
+
     def close(self) -> None:
         """Ends the replicas. A second call does nothing."""
         with self._lock:
@@ -326,8 +359,9 @@ class ReplicatedEngine:
     def _queue(self, entry: _Entry) -> None:
         request = entry.request
         self._router.add(
-            request.request_id, entry.order, request.prompt_token_ids, request.sampling.n, request.max_tokens
-        )
+            request.request_id, entry.order, request.prompt_token_ids, request.sampling.n, request.max_tokens,
+            request.adapter_generation,
+        )  # fmt: skip
 
     def _hand_out(self) -> None:
         """Gives replicas what they have room for, in order."""
@@ -335,7 +369,8 @@ class ReplicatedEngine:
             request_id, number = taken
             entry = self._entries[request_id]
             entry.handle = self.handles[number]
-            entry.handle.send("add", request_id, entry.parcel)
+            news = self._senders[entry.handle].news([entry.request.adapter])
+            entry.handle.send("add", request_id, entry.parcel, news)
 
     def _end(self, entry: _Entry, output: RequestOutput) -> None:
         del self._entries[entry.request.request_id]

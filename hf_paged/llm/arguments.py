@@ -275,7 +275,7 @@ def check_parallel(args: EngineArgs) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
     check_expert_parallel(args.enable_expert_parallel, args.tensor_parallel_size)
-    spread = {name: getattr(args, name) for name in PARALLEL if getattr(args, name) > 1}
+    spread = {name: getattr(args, name) for name in PARALLEL[:2] if getattr(args, name) > 1}
     if spread and args.engine.get("enable_lora"):
         sizes = ", ".join(f"{name}={size}" for name, size in spread.items())
         raise ValueError(

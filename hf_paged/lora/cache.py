@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -19,12 +21,14 @@ class AdapterCache:
     """Reads adapters when they are first asked for, and keeps the most recently used.
 
     Requests hold the adapter that they run with, so one that is dropped, removed or read anew under way stays in memory
-    until the last of them is done. Any number of threads may call.
+    until the last of them is done. Any number of threads may call. A pickle is of an empty cache with the same limits,
+    for a process without a device.
 
     Args:
         targets: the layers that can be adapted.
         max_adapters: how many are kept.
-        max_rank, dtype, pin: as in `read_adapter`.
+        max_rank, dtype: as in `read_adapter`.
+        pin: keep them where a GPU can copy them from while the host goes on.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class AdapterCache:
                     )
                 self._adapters.move_to_end(request.lora_int_id)
                 return held
-            adapter = read_adapter(request, self._targets, max_rank=self._max_rank, dtype=self._dtype, pin=self._pin)
+            adapter = read_adapter(request, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+            if self._pin:
+                adapter = adapter.pinned()
             self._adapters[request.lora_int_id] = adapter
             self._adapters.move_to_end(request.lora_int_id)
             if len(self._adapters) > self._max_adapters:
@@ -76,3 +82,9 @@ class AdapterCache:
         """Of the adapters that are here."""
         with self._lock:
             return set(self._adapters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        empty = functools.partial(
+            AdapterCache, self._targets, max_adapters=self._max_adapters, max_rank=self._max_rank, dtype=self._dtype
+        )
+        return empty, ()
