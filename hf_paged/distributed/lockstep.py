@@ -41,6 +41,8 @@ from hf_paged.engine.loop import Deliver
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.lora.adapter import Adapter
+from hf_paged.lora.travel import AdapterNews, AdapterReceiver, AdapterSender
 from hf_paged.model.introspect import causal_lm
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.speculator import Speculator
@@ -223,6 +225,7 @@ class LeadingEngine(ParallelEngine):
         super().__init__(executor, scheduler, intake, speculator)
         self._told = False
         """Whether the other ranks are told of what is going on."""
+        self._adapters = AdapterSender()
 
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
         try:
@@ -235,7 +238,7 @@ class LeadingEngine(ParallelEngine):
         super().submit(requests, deliver)
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
-        self.link.tell("add", requests)
+        self.link.tell("add", (requests, self._adapters.news(request.adapter for request in requests)))
         super()._add(requests, deliver)
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -295,8 +298,17 @@ def follow(engine: ParallelEngine) -> None:
     Raises:
         ParallelError: rank 0, or another one, is lost.
     """
+    adapters = AdapterReceiver(pin=engine.executor.layout.device.type == "cuda")
+
+    def add(told: tuple[list[Request], AdapterNews]) -> None:
+        requests, news = told
+        adapters.take(news)
+        for request in requests:
+            adapters.restore(request)
+        engine._add(requests, lambda _: None)
+
     calls: dict[str, Callable[[Any], None]] = {
-        "add": lambda requests: engine._add(requests, lambda _: None),
+        "add": add,
         "abort": engine._abort,
         "step": lambda _: engine._compute_step(),
         "land": lambda _: engine._land_flight(),
@@ -338,6 +350,7 @@ def fingerprint(batch: Batch) -> int:
             chunk.length,
             len(chunk.samples),
             hash(tuple(chunk.sequence.tokens)),
+            zlib.crc32((chunk.sequence.request.adapter_name or "").encode()),
         )
         for chunk in batch.chunks
     ]
@@ -362,6 +375,27 @@ def common_seeds(parallel: TensorParallel) -> Callable[[], int]:
     own = int(torch.randint(2**62, ()).item())
     generator = torch.Generator().manual_seed(parallel.link.exchange("drawing a seed", own)[0])
     return lambda: int(torch.randint(2**62, (), generator=generator).item())
+
+
+def read_for_all(parallel: TensorParallel) -> Callable[[Callable[[], Adapter]], Adapter]:
+    """How ranks that run the same program come to have the same adapter: rank 0 reads it, and what is wrong with it is
+    an error on all of them. All ranks ask in the same order."""
+    link = parallel.link
+
+    def share(read: Callable[[], Adapter]) -> Adapter:
+        own: Adapter | Exception | None = None
+        with _Interrupts():  # one in the middle of a message would leave the others without its end
+            if link.rank == 0:
+                try:
+                    own = read()
+                except Exception as error:
+                    own = _as_sent(error)
+            found: Adapter | Exception = link.exchange("reading an adapter", own)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return share
 
 
 class _Interrupts:

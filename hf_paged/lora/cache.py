@@ -6,7 +6,8 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class AdapterCache:
         max_adapters: how many are kept.
         max_rank, dtype: as in `read_adapter`.
         pin: keep them where a GPU can copy them from while the host goes on.
+        share: does a reading where several processes are to have the same; see `lockstep.read_for_all`.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class AdapterCache:
         max_rank: int,
         dtype: torch.dtype,
         pin: bool = False,
+        share: Callable[[Callable[[], Adapter]], Adapter] | None = None,
     ) -> None:
         self._targets, self._max_adapters = targets, max_adapters
         self._max_rank, self._dtype, self._pin = max_rank, dtype, pin
+        self._share = share
         self._lock = threading.Lock()
         self._adapters: OrderedDict[int, Adapter] = OrderedDict()
         """The least recently used first."""
@@ -63,7 +67,8 @@ class AdapterCache:
                     )
                 self._adapters.move_to_end(request.lora_int_id)
                 return held
-            adapter = read_adapter(request, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+            read = functools.partial(read_adapter, request, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+            adapter = read() if self._share is None else replace(self._share(read), request=request)
             if self._pin:
                 adapter = adapter.pinned()
             self._adapters[request.lora_int_id] = adapter
