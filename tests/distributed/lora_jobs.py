@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def said(model: Any, adapters: dict[str | None, LoRARequest]) -> list[list[int]]
 
 
 def adapted(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
-    """Layers fused and not, shared by the ranks and by stages."""
+    """Layers fused and not, shared by the ranks and by stages; and two replicas."""
     found: dict[str, Any] = {}
     for family in FAMILIES:
         adapters = adapters_of(family, folder)
@@ -48,6 +47,14 @@ def adapted(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
     stages = join(1, "cpu", timeout_s=60, stages=2)
     model = hf_paged.wrap(shard(family_model("Llama"), stages), **ADAPTED)
     found["stages"] = said(model, adapters_of("Llama", folder))
+    model = hf_paged.wrap(family_model("Llama"), **ADAPTED)  # a replica on each
+    requests = [adapters_of("Llama", folder).get(name) for name in MIX]
+    found["spread"] = tokens(model.generate_many(PROMPTS, GREEDY, spread=True, lora_request=requests))
+    assert model.engine.stats.generation_tokens < len(PROMPTS) * 6
+    model = hf_paged.wrap(shard(family_model("Llama"), parallel), **ADAPTED)
+    said(model, adapters_of("Llama", folder))
+    other = adapters_of("Llama", folder)["ca"[torch.distributed.get_rank()]]  # of those that it has
+    found["divergence"] = attempt(lambda: model.generate_many(PROMPTS, GREEDY, lora_request=other))
     return found
 
 
@@ -78,20 +85,16 @@ def hot(model: Any, adapters: dict[str | None, LoRARequest], out: Path) -> dict[
 def adapted_compiled(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
     options = ADAPTED | {"compile": "layers", "fuse_linear": True}
     model = hf_paged.wrap(shard(family_model("Llama"), parallel), **options)
-    found = {"Llama": said(model, adapters_of("Llama", folder))}
+    adapters = adapters_of("Llama", folder)
+    found = {"Llama": said(model, adapters)}
     assert model.engine.executor._runner.compiled is not None, "compiling failed"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.generate_many(PROMPTS[:1], GREEDY.clone(max_tokens=1), lora_request=adapters["b"])
+    calls = {event.key: event.count for event in profile.key_averages()}
+    layers = model.config.num_hidden_layers
+    assert calls["hf_paged::all_reduce_add"] == 2 * layers, "the residual stream is added within the sums"
+    assert calls["hf_paged::add_adapters"] == 4 * layers, "fused layers are given their parts together"
     return found
 
 
-def other_adapters(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
-    """Each rank asks for another one, of those that it has."""
-    adapters, rank = adapters_of("Llama", folder), torch.distributed.get_rank()
-    model = hf_paged.wrap(shard(family_model("Llama"), parallel), **ADAPTED)
-    said(model, adapters)
-    asked = adapters["ca"[rank]]
-    found = {"divergence": attempt(lambda: model.generate_many(PROMPTS, GREEDY, lora_request=asked))}
-    Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
-    return found
-
-
-JOBS = {"adapted": adapted, "adapted_compiled": adapted_compiled, "other_adapters": other_adapters}
+JOBS = {"adapted": adapted, "adapted_compiled": adapted_compiled}

@@ -148,6 +148,18 @@ def test_a_server(llm: Any, alone: Any, adapters: dict[str, LoRARequest]) -> Non
         assert ask("new").status_code == 404
 
 
+@pytest.mark.slow
+def test_replicas_of_several_ranks(tiny_checkpoint: str, alone: Any, adapters: dict[str, LoRARequest]) -> None:
+    """An adapter goes to each replica, and on to its ranks."""
+    requests = [adapters["a"], None, adapters["b"], adapters["c"]] * 3
+    expected = said(alone, TEXTS, requests)
+    llm = LLM(tiny_checkpoint, data_parallel_size=2, tensor_parallel_size=2, **ADAPTED)
+    try:
+        assert said(llm, TEXTS, requests) == expected
+    finally:
+        llm.shutdown()
+
+
 # ---- on their way ----------------------------------------------------------------------------------------------------
 
 
