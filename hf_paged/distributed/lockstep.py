@@ -231,7 +231,8 @@ class LeadingEngine(ParallelEngine):
         super().submit(requests, deliver)
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
-        self.link.tell("add", (requests, self._adapters.news(request.adapter for request in requests)))
+        adapters = [request.adapter for request in requests]
+        self._adapters.tell(adapters, lambda news: self.link.tell("add", (requests, news)))
         super()._add(requests, deliver)
 
     def _abort(self, request_ids: list[str]) -> None:

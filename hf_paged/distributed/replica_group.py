@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
 from hf_paged.distributed.errors import ReplicaLost
 from hf_paged.distributed.replicas import Handle
+from hf_paged.engine.request import Request
 from hf_paged.engine.stats import EngineLoad, EngineStats
 from hf_paged.lora.adapter import Adapter
-from hf_paged.lora.travel import AdapterNews, AdapterSender
+from hf_paged.lora.travel import AdapterSender
 
 
 class ReplicaGroup:
@@ -51,16 +52,17 @@ class ReplicaGroup:
         """Calls a method of every engine; `long` as in `ReplicatedEngine.call`."""
         self.call(functools.partial(_on_engine, method, args), None, long=long)
 
-    # ---- adapters; callers take turns ------------------------------------------------------------------------------
+    # ---- with adapters; callers take turns -------------------------------------------------------------------------
 
-    def news_for(self, handle: Handle, adapter: Adapter | None) -> AdapterNews:
-        """What a replica must be told before it is given a request with this adapter."""
-        return self._senders[handle].news([adapter])
+    def add(self, handle: Handle, request: Request, parcel: bytes) -> None:
+        """Gives a replica a request, with its adapter if that was not there yet."""
+        send = functools.partial(handle.send, "add", request.request_id, parcel)
+        self._senders[handle].tell([request.adapter], send)
 
-    def tell(self, adapters: Iterable[Adapter | None]) -> None:
+    def tell(self, adapters: Sequence[Adapter]) -> None:
         """Tells all replicas of adapters, and which are gone."""
         for handle in self.alive():
-            handle.send("adapters", self._senders[handle].news(adapters))
+            self._senders[handle].tell(adapters, functools.partial(handle.send, "adapters"))
 
     # ---- how they are ----------------------------------------------------------------------------------------------
 

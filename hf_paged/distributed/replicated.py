@@ -305,7 +305,7 @@ class ReplicatedEngine:
         known = lora_request.lora_int_id in self.list_loras()
         adapter = self.intake.adapter(lora_request)
         with self._lock:
-            self._group.tell([adapter])
+            self._group.tell([adapter] if adapter is not None else [])
         return not known or lora_request.load_inplace
 
     def remove_lora(self, lora_int_id: int) -> bool:
@@ -349,8 +349,7 @@ class ReplicatedEngine:
             request_id, number = taken
             entry = self._entries[request_id]
             entry.handle = self.handles[number]
-            news = self._group.news_for(entry.handle, entry.request.adapter)
-            entry.handle.send("add", request_id, entry.parcel, news)
+            self._group.add(entry.handle, entry.request, entry.parcel)
 
     def _end(self, entry: _Entry, output: RequestOutput) -> None:
         del self._entries[entry.request.request_id]

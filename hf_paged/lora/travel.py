@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -27,13 +27,15 @@ class AdapterSender:
         self._told: set[int] = set()
         self._alive: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
 
-    def news(self, adapters: Iterable[Adapter | None]) -> AdapterNews:
-        """What it must be told now; None is no adapter. What nobody holds here any more is gone there too."""
+    def tell(self, adapters: Iterable[Adapter | None], send: Callable[[AdapterNews], object]) -> None:
+        """Has it sent those that it does not have; None is no adapter. What nobody holds here any more is gone there
+        too."""
         new = {a.generation: a for a in adapters if a is not None and a.generation not in self._told}
         gone = [generation for generation in self._told if generation not in self._alive]
-        self._told = self._told.difference(gone) | new.keys()
+        send(AdapterNews(new, gone))
+        # Noted after it: what an interrupt comes between is sent again, which does no harm.
         self._alive.update(new)
-        return AdapterNews(new, gone)
+        self._told = self._told.difference(gone) | new.keys()
 
 
 class AdapterReceiver:

@@ -44,6 +44,9 @@ def adapted(parallel: TensorParallel, out: Path, folder: str) -> dict[str, Any]:
         if family == "Llama":
             found |= hot(model, adapters, out)
         hf_paged.unwrap(model)
+    options = ADAPTED | {"fuse_linear": True}
+    model = hf_paged.load(Path(folder, "gptq"), device="cpu", tensor_parallel_size=parallel.size, **options)
+    found["gptq"] = said(model, adapters_of("gptq", folder))
     stages = join(1, "cpu", timeout_s=60, stages=2)
     model = hf_paged.wrap(shard(family_model("Llama"), stages), **ADAPTED)
     found["stages"] = said(model, adapters_of("Llama", folder))

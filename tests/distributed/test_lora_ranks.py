@@ -10,6 +10,7 @@ import lora_jobs
 import pytest
 import ranks
 import torch.distributed as dist
+import writers
 from transformers import AutoModelForCausalLM
 
 import hf_paged
@@ -37,6 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     for family in lora_jobs.FAMILIES:
         for seed, (name, config) in enumerate(OWN.get(family, USUAL).items()):
             save_adapter(folder / family / name, jobs.family_model(family), seed, **config)
+    for seed, (name, config) in enumerate(USUAL.items()):
+        save_adapter(folder / "gptq" / name, writers.tiny_llama(), seed, **config)
+    writers.write_checkpoint(folder / "gptq", *writers.CHECKPOINTS["gptq"])
     return str(folder)
 
 
@@ -66,6 +70,13 @@ def test_as_in_one_process(found: list[dict[str, Any]], folder: str, family: str
         assert rank[family] == expected
         assert rank[f"{family}, plain"] == plain
         assert family != "Llama" or rank["stages"] == rank["spread"] == expected
+
+
+def test_on_quantised_layers(found: list[dict[str, Any]], folder: str) -> None:
+    model = hf_paged.load(Path(folder, "gptq"), device="cpu", **lora_jobs.ADAPTED)
+    expected = lora_jobs.said(model, lora_jobs.adapters_of("gptq", folder))
+    assert expected != jobs.tokens(model.generate_many(lora_jobs.PROMPTS, lora_jobs.GREEDY))
+    assert [rank["gptq"] for rank in found] == [expected] * 2
 
 
 def test_missing_changing_going(found: list[dict[str, Any]], folder: str) -> None:

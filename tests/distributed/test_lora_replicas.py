@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_paged import LLM, LoRARequest, SamplingParams
 from hf_paged.engine.request import Request
 from hf_paged.lora.adapter import Adapter
-from hf_paged.lora.travel import AdapterReceiver, AdapterSender
+from hf_paged.lora.travel import AdapterNews, AdapterReceiver, AdapterSender
 
 pytest.importorskip("peft")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "integrations"))
@@ -173,10 +173,16 @@ def test_each_travels_once_and_is_let_go() -> None:
     adapters = [make_adapter(1), make_adapter(2)]
 
     def send(*given: Adapter | None) -> list[int]:
-        news = sender.news(given)
-        receiver.take(pickle.loads(pickle.dumps(news)))
-        return sorted(news.arriving)
+        sent: list[AdapterNews] = []
+        sender.tell(given, sent.append)
+        receiver.take(pickle.loads(pickle.dumps(sent[0])))
+        return sorted(sent[0].arriving)
 
+    def interrupt(news: AdapterNews) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sender.tell(adapters, interrupt)
     assert send(adapters[0], None, adapters[0]) == [1]
     assert send(*adapters) == [2]
     assert send(adapters[1]) == []
