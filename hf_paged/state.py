@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from torch import nn
 
 from hf_paged.config import EngineConfig
-from hf_paged.distributed.lockstep import LeadingEngine, ParallelEngine, ParallelExecutor, common_seeds
+from hf_paged.distributed.groups import TensorParallel
+from hf_paged.distributed.lockstep import (
+    LeadingEngine,
+    ParallelEngine,
+    ParallelExecutor,
+    common_seeds,
+    read_for_all,
+)
 from hf_paged.distributed.shard import parallel_of
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.intake import Intake
@@ -120,11 +128,6 @@ def build_engine(
     """
     drafting = assistant or config.speculation
     parallel = parallel_of(causal_lm(model))
-    if config.enable_lora and parallel is not None:
-        raise ValueError(
-            "adapters by request with tensor_parallel_size > 1 are not served: leave enable_lora out and merge the "
-            "adapter into the model, or use one GPU per replica"
-        )
     executor = (
         ModelExecutor(model, config, drafting)
         if parallel is None
@@ -153,7 +156,7 @@ def build_engine(
         speculation=config.speculation,
         seed=config.seed,
         draw_seed=None if parallel is None or config.seed is not None else common_seeds(parallel),
-        adapters=None if executor.adapters is None else _adapter_cache(executor.adapters.layers, config),
+        adapters=None if executor.adapters is None else _adapter_cache(executor.adapters.layers, config, parallel),
     )
     drafters: dict[SpeculativeConfig, Drafter] = {}
     if drafting is not None and executor.drafter is not None:
@@ -168,13 +171,17 @@ def build_engine(
     return Engine(executor, scheduler, intake, speculator)
 
 
-def _adapter_cache(layers: LoraLayers, config: EngineConfig) -> AdapterCache:
+def _adapter_cache(layers: LoraLayers, config: EngineConfig, parallel: TensorParallel | None) -> AdapterCache:
+    targets = layers.targets
+    if parallel is not None:  # a stage has some of the layers, and an adapter is for all
+        targets = dict(ChainMap(*parallel.link.exchange("what can be adapted", targets)))
     return AdapterCache(
-        layers.targets,
+        targets,
         max_adapters=config.max_cpu_loras or config.max_loras,
         max_rank=config.max_lora_rank,
         dtype=layers.dtype,
         pin=layers.device.type == "cuda",
+        share=None if parallel is None or parallel.led else read_for_all(parallel),
     )
 
 

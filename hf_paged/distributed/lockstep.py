@@ -12,17 +12,12 @@ it does (`LeadingEngine`, `follow`).
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import signal
 import sys
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +28,7 @@ from hf_paged.config import EngineConfig
 from hf_paged.distributed.errors import ParallelError, PeerFailed
 from hf_paged.distributed.groups import TensorParallel
 from hf_paged.distributed.pipeline import keep_rows, kept_rows, stage_of
+from hf_paged.distributed.waiting import Interrupts, Watchdog
 from hf_paged.engine.batch import Batch
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.executor import StepResult
@@ -41,14 +37,13 @@ from hf_paged.engine.loop import Deliver
 from hf_paged.engine.model_executor import ModelExecutor
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
+from hf_paged.lora.adapter import Adapter
+from hf_paged.lora.travel import AdapterNews, AdapterReceiver, AdapterSender
 from hf_paged.model.introspect import causal_lm
 from hf_paged.speculative.config import SpeculativeConfig
 from hf_paged.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
-
-GRACE_S = 10.0
-"""How long a device may wait for a rank that is gone, or past the timeout, before the process is ended."""
 
 
 class ParallelExecutor(ModelExecutor):
@@ -80,7 +75,7 @@ class ParallelExecutor(ModelExecutor):
         if getattr(model, "peft_config", None):
             raise ValueError("a PEFT adapter cannot be had with tensor parallelism yet: merge it into the weights")
         self.parallel = parallel
-        self._watchdog = _Watchdog(parallel)
+        self._watchdog = Watchdog(parallel)
         self._stage = stage_of(causal_lm(model))
         try:
             with ExitStack() as stack:
@@ -172,7 +167,7 @@ class ParallelEngine(Engine):
         super().__init__(executor, scheduler, intake, speculator)
         self.link = executor.parallel.link
         self._epoch = self.link.epoch
-        self._interrupts = _Interrupts()
+        self._interrupts = Interrupts()
         self.link.check = self._interrupts.check
 
     def _compute_step(self) -> None:
@@ -223,6 +218,7 @@ class LeadingEngine(ParallelEngine):
         super().__init__(executor, scheduler, intake, speculator)
         self._told = False
         """Whether the other ranks are told of what is going on."""
+        self._adapters = AdapterSender()
 
     def submit(self, requests: list[Request], deliver: Deliver | None = None) -> None:
         try:
@@ -235,7 +231,8 @@ class LeadingEngine(ParallelEngine):
         super().submit(requests, deliver)
 
     def _add(self, requests: list[Request], deliver: Deliver | None) -> None:
-        self.link.tell("add", requests)
+        adapters = [request.adapter for request in requests]
+        self._adapters.tell(adapters, lambda news: self.link.tell("add", (requests, news)))
         super()._add(requests, deliver)
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -295,8 +292,17 @@ def follow(engine: ParallelEngine) -> None:
     Raises:
         ParallelError: rank 0, or another one, is lost.
     """
+    adapters = AdapterReceiver(pin=engine.executor.layout.device.type == "cuda")
+
+    def add(told: tuple[list[Request], AdapterNews]) -> None:
+        requests, news = told
+        adapters.take(news)
+        for request in requests:
+            adapters.restore(request)
+        engine._add(requests, lambda _: None)
+
     calls: dict[str, Callable[[Any], None]] = {
-        "add": lambda requests: engine._add(requests, lambda _: None),
+        "add": add,
         "abort": engine._abort,
         "step": lambda _: engine._compute_step(),
         "land": lambda _: engine._land_flight(),
@@ -338,6 +344,7 @@ def fingerprint(batch: Batch) -> int:
             chunk.length,
             len(chunk.samples),
             hash(tuple(chunk.sequence.tokens)),
+            zlib.crc32((chunk.sequence.request.adapter_name or "").encode()),
         )
         for chunk in batch.chunks
     ]
@@ -364,68 +371,22 @@ def common_seeds(parallel: TensorParallel) -> Callable[[], int]:
     return lambda: int(torch.randint(2**62, (), generator=generator).item())
 
 
-class _Interrupts:
-    """Within it Ctrl-C waits for the end, or for `check`."""
+def read_for_all(parallel: TensorParallel) -> Callable[[Callable[[], Adapter]], Adapter]:
+    """How ranks that run the same program come to have the same adapter: rank 0 reads it, and what is wrong with it is
+    an error on all of them. All ranks ask in the same order."""
+    link = parallel.link
 
-    def __init__(self) -> None:
-        self._before: Any = None
-        self._pending = False
+    def share(read: Callable[[], Adapter]) -> Adapter:
+        own: Adapter | Exception | None = None
+        with Interrupts():  # one in the middle of a message would leave the others without its end
+            if link.rank == 0:
+                try:
+                    own = read()
+                except Exception as error:
+                    own = _as_sent(error)
+            found: Adapter | Exception = link.exchange("reading an adapter", own)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    def __enter__(self) -> None:
-        mine = threading.current_thread() is threading.main_thread()
-        if mine and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            self._pending, self._before = False, signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._before is None or threading.current_thread() is not threading.main_thread():
-            return
-        before, self._before = self._before, None
-        signal.signal(signal.SIGINT, before)
-        if self._pending and kind is None:
-            signal.raise_signal(signal.SIGINT)
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if one waits; in the thread that it is for."""
-        if self._pending and threading.current_thread() is threading.main_thread():
-            self._pending = False
-            raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._pending = True
-
-
-class _Watchdog:
-    """Ends the process where a device waits for a rank that will never come: nothing else would end that wait."""
-
-    def __init__(self, parallel: TensorParallel) -> None:
-        self._link = parallel.link
-        self._since: float | None = None
-        self._thread: threading.Thread | None = None
-        self._needed = parallel.device.type == "cuda"  # gloo ends its own waits
-
-    @contextmanager
-    def armed(self) -> Iterator[None]:
-        if self._needed and self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="hf_paged watchdog", daemon=True)
-            self._thread.start()
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = None
-
-    def _watch(self) -> None:
-        lost: float | None = None
-        while True:
-            time.sleep(1.0)
-            since, now = self._since, time.monotonic()
-            if since is None:
-                lost = None
-                continue
-            gone = self._link.gone()
-            lost = (lost or now) if gone else None
-            late = now - since > self._link.timeout_s + GRACE_S
-            if self._since == since and (late or (lost is not None and now - lost > GRACE_S)):
-                who = f"rank {gone[0]} ended" if gone else f"another rank hangs for {now - since:.0f} s"
-                logger.critical("rank %d ends: %s in the middle of a step", self._link.rank, who)
-                os._exit(1)
+    return share

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from hf_paged.engine.intake import Intake
 from hf_paged.engine.request import Request
+from hf_paged.lora.travel import AdapterReceiver
 from hf_paged.outputs import CompletionLogprobs, CompletionOutput, RequestOutput
 
 
 def pack_request(request: Request) -> bytes:
-    """A request that nobody has begun with.
+    """A request that nobody has begun with; its adapter travels by itself.
 
     Raises:
         ValueError: it has something with it that cannot travel.
@@ -29,13 +30,15 @@ def pack_request(request: Request) -> bytes:
         request.form = form
 
 
-def unpack_request(parcel: bytes, intake: Intake) -> Request:
+def unpack_request(parcel: bytes, intake: Intake, adapters: AdapterReceiver) -> Request:
     """It again, where it is computed.
 
     Args:
         intake: of the engine that computes it.
+        adapters: which has its own.
     """
     request: Request = pickle.loads(parcel)
+    adapters.restore(request)
     if request.sampling.structured_outputs is not None:
         request.form = intake.compile_form(request.sampling.structured_outputs, request.stop_token_ids)
     return request

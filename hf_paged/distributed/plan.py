@@ -55,6 +55,8 @@ class LinearCut:
     """Which part of a linear layer a rank holds: of its outputs, or of its inputs. A layer cut by inputs gives a part
     of a sum, so its bias is rank 0's."""
 
+    whole: tuple[int, int]
+    """Inputs and outputs of the layer on all ranks."""
     outputs: tuple[Range, ...] | None = None
     inputs: Range | None = None
 
@@ -186,18 +188,18 @@ class _Planner:
     # ---- linear layers ---------------------------------------------------------------------------------------------
 
     def _columns(self, name: str, module: Any) -> None:
-        self._plan.linears[name] = LinearCut(outputs=(self._heads(name, module) or self._even(name, module),))
+        self._plan.linears[name] = _cut(module, outputs=(self._heads(name, module) or self._even(name, module),))
 
     def _packed(self, name: str, module: Any) -> None:
-        self._plan.linears[name] = LinearCut(outputs=self._halves(name, module.out_features))
+        self._plan.linears[name] = _cut(module, outputs=self._halves(name, module.out_features))
 
     def _gathered(self, name: str, module: Any) -> None:
         ranges = spread(module.out_features, self._size)
-        self._plan.linears[name] = LinearCut(outputs=(ranges[self._rank],))
+        self._plan.linears[name] = _cut(module, outputs=(ranges[self._rank],))
         self._plan.gathers[name] = [end - start for start, end in ranges]
 
     def _rows(self, name: str, module: Any) -> None:
-        self._plan.linears[name] = LinearCut(inputs=self._share(name, "inputs", module.in_features))
+        self._plan.linears[name] = _cut(module, inputs=self._share(name, "inputs", module.in_features))
         self._plan.sums.append(name)
 
     def _rows_of_whole(self, name: str, module: Any) -> None:
@@ -308,6 +310,10 @@ class _Planner:
             raise PlanError(f"{type(self._lm).__name__} has no linear layer that makes its logits")
         if names[id(head)] not in self._plan.gathers:
             self._gathered(names[id(head)], head)
+
+
+def _cut(module: Any, outputs: tuple[Range, ...] | None = None, inputs: Range | None = None) -> LinearCut:
+    return LinearCut((module.in_features, module.out_features), outputs, inputs)
 
 
 _LINEAR: dict[str, Any] = {

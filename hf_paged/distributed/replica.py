@@ -19,11 +19,14 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from hf_paged.distributed.errors import ParallelError, PeerFailed, ReplicaFailed
 from hf_paged.distributed.parcel import pack_output, picklable, unpack_request
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.stats import EngineLoad, EngineStats, StepRecord
 from hf_paged.llm.worker import Worker, make_worker
+from hf_paged.lora.travel import AdapterNews, AdapterReceiver
 from hf_paged.model.introspect import causal_lm
 from hf_paged.outputs import RequestOutput
 
@@ -49,6 +52,8 @@ class Facts:
     eos_token_ids: frozenset[int]
     logprobs_mode: str
     speculation: Any
+    adapters: Any
+    """An empty `AdapterCache` of its limits; None where it has no room for adapters."""
     num_pages: int
     page_size: int
     max_num_seqs: int
@@ -100,6 +105,7 @@ class Replica:
     def __init__(self, number: int, pipe: Pipe, worker: Worker) -> None:
         self._number, self._pipe, self._worker = number, pipe, worker
         self._engine: Engine = worker.engine
+        self._adapters = AdapterReceiver(pin=torch.device(worker.device).type == "cuda")
         self._wake = threading.Condition()
         self._news: deque[RequestOutput] = deque()
         self._unfinished: set[str] = set()
@@ -120,6 +126,7 @@ class Replica:
             eos_token_ids=intake.eos_token_ids(),
             logprobs_mode=intake.logprobs_mode,
             speculation=intake.speculation,
+            adapters=intake.adapters,
             num_pages=engine.scheduler.num_pages,
             page_size=engine.scheduler.page_size,
             max_num_seqs=engine.load.max_num_seqs,
@@ -134,6 +141,8 @@ class Replica:
             kind, *rest = message
             if kind == "add":
                 self._add(*rest)
+            elif kind == "adapters":
+                self._adapters.take(rest[0])
             elif kind == "abort":
                 self._engine.abort(rest[0])
                 self._tell()
@@ -144,10 +153,11 @@ class Replica:
 
     # ---- what it is told -------------------------------------------------------------------------------------------
 
-    def _add(self, request_id: str, parcel: bytes) -> None:
+    def _add(self, request_id: str, parcel: bytes, news: AdapterNews) -> None:
         self._unfinished.add(request_id)
         try:
-            request = unpack_request(parcel, self._engine.intake)
+            self._adapters.take(news)
+            request = unpack_request(parcel, self._engine.intake, self._adapters)
             self._engine.submit([request], self._deliver)
         except Exception as error:  # a processor's module is not to be found here, say
             self._unfinished.discard(request_id)

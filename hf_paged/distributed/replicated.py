@@ -6,21 +6,20 @@ tokens on any number of replicas. A `Router` says who gets which; what no replic
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_paged.distributed import replicas
 from hf_paged.distributed.errors import ReplicaLost
 from hf_paged.distributed.groups import TIMEOUT_S
 from hf_paged.distributed.parcel import ended, pack_request, unpack_output
+from hf_paged.distributed.replica_group import ReplicaGroup
 from hf_paged.distributed.replicas import Handle
 from hf_paged.distributed.routing import Order, Router
 from hf_paged.engine.gate import Gate
@@ -29,6 +28,7 @@ from hf_paged.engine.loop import Deliver
 from hf_paged.engine.request import Request
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.engine.stats import EngineLoad, EngineStats, StepRecord
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 from hf_paged.sampling_params import RequestOutputKind, SamplingParams
 
@@ -71,7 +71,7 @@ class ReplicatedEngine:
     """
 
     def __init__(self, handles: Sequence[Handle], seed: int | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self.handles = list(handles)
+        self._group = ReplicaGroup(handles)
         facts = [handle.facts.result() for handle in handles]
         first, num_pages = facts[0], min(each.num_pages for each in facts)
         self.intake = Intake(
@@ -83,6 +83,7 @@ class ReplicatedEngine:
             logprobs_mode=first.logprobs_mode,
             speculation=first.speculation,
             seed=seed,
+            adapters=first.adapters,
         )
         self.observers: list[Callable[[StepRecord], None]] = []
         """Called with a replica's last step, a few times per second."""
@@ -106,13 +107,24 @@ class ReplicatedEngine:
                 self._lose(handle)
         threading.Thread(target=self._watch, name="hf_paged-watch", daemon=True).start()
 
+    @property
+    def handles(self) -> list[Handle]:
+        return self._group.handles
+
     # ---- for callers who own the loop ------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """As `Engine.add_request`."""
-        request = self.intake.request(prompt, sampling or SamplingParams(), request_id=request_id)
+        request = self.intake.request(
+            prompt, sampling or SamplingParams(), request_id=request_id, lora_request=lora_request
+        )
         self.submit([request])
         return request.request_id
 
@@ -146,7 +158,7 @@ class ReplicatedEngine:
         """Why nothing can be computed ever again; None while there is a replica left."""
         if self._closed:
             return "the replicas are closed"
-        return None if self._alive() else f"no replica is left, the last one was: {self.handles[-1].lost}"
+        return None if self._group.alive() else f"no replica is left, the last one was: {self.handles[-1].lost}"
 
     @property
     def num_unfinished(self) -> int:
@@ -209,29 +221,18 @@ class ReplicatedEngine:
     @property
     def stats(self) -> EngineStats:
         """Totals of all replicas."""
-        each = [handle.state.stats for handle in self.handles if handle.state is not None]
-        return EngineStats(
-            steps=sum(stats.steps for stats in each),
-            prompt_tokens=sum(stats.prompt_tokens for stats in each),
-            generation_tokens=sum(stats.generation_tokens for stats in each),
-        )
+        return self._group.stats
 
     @property
     def load(self) -> EngineLoad:
         """Of all replicas that are there; what waits here waits too."""
-        each = [handle.state.load for handle in self._alive() if handle.state is not None]
-        return EngineLoad(
-            running=sum(load.running for load in each),
-            waiting=sum(load.waiting for load in each) + self._router.num_waiting,
-            active_pages=sum(load.active_pages for load in each),
-            num_pages=max(sum(load.num_pages for load in each), 1),
-            max_num_seqs=sum(load.max_num_seqs for load in each),
-        )
+        load = self._group.load
+        return replace(load, waiting=load.waiting + self._router.num_waiting)
 
     @property
     def weight_version(self) -> int:
         """The highest of all replicas."""
-        return max((handle.state.weight_version for handle in self.handles if handle.state is not None), default=0)
+        return self._group.weight_version
 
     # ---- what reaches all replicas ---------------------------------------------------------------------------------
 
@@ -250,12 +251,7 @@ class ReplicatedEngine:
             whatever it raises on one of them; ReplicaLost; TimeoutError.
         """
         self._require()
-        answers = [(handle.number, handle.call(work, long)) for handle in self._alive()]
-        _, late = futures.wait([answer for _, answer in answers], timeout_s)
-        for number, answer in answers:
-            if answer in late:
-                raise TimeoutError(f"replica {number} has not answered within {timeout_s:g} s")
-        return [(number, answer.result()) for number, answer in answers]
+        return self._group.call(work, timeout_s, long=long)
 
     @property
     def paused(self) -> bool:
@@ -263,22 +259,22 @@ class ReplicatedEngine:
 
     def pause(self) -> None:
         """As `Engine.pause`."""
-        self._on_engines("pause")
+        self._group.on_engines("pause")
         self.gate.close(threading.current_thread())
 
     def resume(self) -> None:
         """As `Engine.resume`."""
-        self._on_engines("resume")
+        self._group.on_engines("resume")
         self.gate.open()
 
     def weights_updated(self, kv: str = "keep") -> None:
         """As `Engine.weights_updated`."""
-        self._on_engines("weights_updated", kv)
+        self._group.on_engines("weights_updated", kv)
         self._forget_prefixes()
 
     def warm_up(self) -> None:
         """As `Engine.warm_up`."""
-        self._on_engines("warm_up", long=True)
+        self._group.on_engines("warm_up", long=True)
 
     def sleep(self, level: int = 1) -> None:
         """As `Engine.sleep`."""
@@ -286,22 +282,42 @@ class ReplicatedEngine:
             raise RuntimeError(
                 f"{len(self._entries)} requests are unfinished: finish or abort them before sleep(), or pause()"
             )
-        self._on_engines("sleep", level)
+        self._group.on_engines("sleep", level)
         self._forget_prefixes()
 
     def wake_up(self) -> None:
         """As `Engine.wake_up`."""
-        self._on_engines("wake_up")
+        self._group.on_engines("wake_up")
 
     def reset_prefix_cache(self) -> None:
         """As `Engine.reset_prefix_cache`."""
-        self._on_engines("reset_prefix_cache")
+        self._group.on_engines("reset_prefix_cache")
         self._forget_prefixes()
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """As `Engine.set_tokenizer`."""
-        self._on_engines("set_tokenizer", tokenizer)
+        self._group.on_engines("set_tokenizer", tokenizer)
         self.intake.tokenizer = tokenizer
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As `Engine.add_lora`; it is on its way to all replicas then."""
+        self._require()
+        known = lora_request.lora_int_id in self.list_loras()
+        adapter = self.intake.adapter(lora_request)
+        with self._lock:
+            self._group.tell([adapter] if adapter is not None else [])
+        return not known or lora_request.load_inplace
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """As `Engine.remove_lora`."""
+        found = self.intake.need_adapters().remove(lora_int_id)
+        with self._lock:
+            self._group.tell([])
+        return found
+
+    def list_loras(self) -> set[int]:
+        """As `Engine.list_loras`."""
+        return self.intake.need_adapters().ids()
 
     def close(self) -> None:
         """Ends the replicas. A second call does nothing."""
@@ -314,9 +330,6 @@ class ReplicatedEngine:
         self.gate.open()
         replicas.close(self.handles)
 
-    def _on_engines(self, method: str, *args: Any, long: bool = False) -> None:
-        self.call(functools.partial(_on_engine, method, args), long=long)
-
     def _forget_prefixes(self) -> None:
         with self._lock:
             self._router.forget_prefixes()
@@ -326,8 +339,9 @@ class ReplicatedEngine:
     def _queue(self, entry: _Entry) -> None:
         request = entry.request
         self._router.add(
-            request.request_id, entry.order, request.prompt_token_ids, request.sampling.n, request.max_tokens
-        )
+            request.request_id, entry.order, request.prompt_token_ids, request.sampling.n, request.max_tokens,
+            request.adapter_generation,
+        )  # fmt: skip
 
     def _hand_out(self) -> None:
         """Gives replicas what they have room for, in order."""
@@ -335,7 +349,7 @@ class ReplicatedEngine:
             request_id, number = taken
             entry = self._entries[request_id]
             entry.handle = self.handles[number]
-            entry.handle.send("add", request_id, entry.parcel)
+            self._group.add(entry.handle, entry.request, entry.parcel)
 
     def _end(self, entry: _Entry, output: RequestOutput) -> None:
         del self._entries[entry.request.request_id]
@@ -357,11 +371,7 @@ class ReplicatedEngine:
     def _require(self) -> None:
         if self._closed:
             raise ReplicaLost("the replicas were shut down: make a new LLM")
-        if not self._alive():
-            raise ReplicaLost(f"no replica is left, the last one was: {self.handles[-1].lost}")
-
-    def _alive(self) -> list[Handle]:
-        return [handle for handle in self.handles if handle.lost is None]
+        self._group.require()
 
     # ---- in threads that read what replicas tell -------------------------------------------------------------------
 
@@ -388,20 +398,20 @@ class ReplicatedEngine:
     def _lose(self, handle: Handle) -> None:
         if self._closed:
             return
-        logger.error("%s; %d replicas are left", handle.lost, len(self._alive()))
+        logger.error("%s; %d replicas are left", handle.lost, len(self._group.alive()))
         with self._lock:
             self._router.lose(handle.number)
             for entry in [entry for entry in self._entries.values() if entry.handle is handle]:
                 entry.tries += 1
                 if entry.aborted:
                     self._end(entry, ended(entry.request, "abort"))
-                elif entry.told or entry.tries == TRIES or not self._alive():
+                elif entry.told or entry.tries == TRIES or not self._group.alive():
                     self._end(entry, ended(entry.request, "error", handle.lost))
                 else:
                     self._router.done(entry.request.request_id)
                     entry.handle = None
                     self._queue(entry)
-            if not self._alive():
+            if not self._group.alive():
                 for entry in list(self._entries.values()):
                     self._end(entry, ended(entry.request, "error", handle.lost))
             self._hand_out()
@@ -411,8 +421,4 @@ class ReplicatedEngine:
             time.sleep(min(1.0, self._timeout_s / 4))
             with self._lock:
                 busy = {entry.handle for entry in self._entries.values()} if not self.paused else set()
-            replicas.watch(self._alive(), self._timeout_s, busy.__contains__)
-
-
-def _on_engine(method: str, args: tuple[Any, ...], worker: Any) -> None:
-    getattr(worker.engine, method)(*args)
+            replicas.watch(self._group.alive(), self._timeout_s, busy.__contains__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +12,9 @@ UNKNOWN_LENGTH = 256
 AHEAD = 0.5
 """Samples that a replica is given beside those that it can run at once, as a share of these: enough to go on with until
 it gets more."""
+ADAPTER_TOKENS = 256
+"""What it counts, in tokens left to do, that a replica computes nothing with a request's adapter yet: it would have to
+bring one more to its device, and there is room for `max_loras` of them in a step."""
 
 Order = tuple[int, int]
 """Who goes first: priority (lower first), then arrival."""
@@ -29,6 +32,8 @@ class _Replica:
     """Those that have not."""
     prefixes: OrderedDict[int, None] = field(default_factory=OrderedDict)
     """Hashes of prompts' beginnings, page by page, that it was meant to compute; the last used is last."""
+    adapters: Counter[int] = field(default_factory=Counter)
+    """Unfinished requests with an adapter that are to go there or have gone there."""
 
 
 @dataclass
@@ -39,6 +44,7 @@ class _Request:
     num_prompt: int
     samples: int
     max_tokens: int
+    adapter: int
     home: int = -1
     tokens: int = 0
     """To be computed for it there."""
@@ -48,7 +54,7 @@ class _Request:
 class Router:
     """A request is to go where it would be done first: where the least is left to do, its own prompt included, of which
     a replica need not compute what it has cached. So requests with a common beginning meet on one replica, until others
-    have less to do by more than that beginning.
+    have less to do by more than that beginning; and so do requests with the same adapter, less strongly.
 
     A replica is given no more than it needs to be busy. One that could run more than it has takes what waits for
     others.
@@ -73,15 +79,19 @@ class Router:
         """Requests that were not given to anybody."""
         return sum(replica.num_waiting for replica in self._replicas.values())
 
-    def add(self, request_id: str, order: Order, prompt: list[int], samples: int, max_tokens: int) -> None:
+    def add(
+        self, request_id: str, order: Order, prompt: list[int], samples: int, max_tokens: int, adapter: int = 0
+    ) -> None:
         """Queues a request.
 
         Args:
             prompt: token ids.
             samples: that are drawn of it.
             max_tokens: per sample.
+            adapter: a number for what it is computed with, 0 for the model alone. Prompts of different ones have
+                nothing in common.
         """
-        request = _Request(order, self._pages(prompt), len(prompt), samples, max_tokens)
+        request = _Request(order, self._pages(prompt, adapter), len(prompt), samples, max_tokens, adapter)
         self._requests[request_id] = request
         self._queue(request_id, request)
 
@@ -127,7 +137,7 @@ class Router:
     # ---- details ---------------------------------------------------------------------------------------------------
 
     def _queue(self, request_id: str, request: _Request) -> None:
-        _, number = min((replica.tokens + self._missing(request, replica), n) for n, replica in self._replicas.items())
+        _, number = min((self._until_done(request, replica), n) for n, replica in self._replicas.items())
         self._plan(request, number)
         heapq.heappush(self._replicas[number].waiting, (request.order, request_id))
 
@@ -137,6 +147,7 @@ class Router:
         request.tokens = self._missing(request, replica) + request.samples * self._expected(request.max_tokens)
         replica.tokens += request.tokens
         replica.num_waiting += 1
+        replica.adapters[request.adapter] += 1
         for page in reversed(request.pages):  # so that a beginning is forgotten after what follows it
             replica.prefixes[page] = None
             replica.prefixes.move_to_end(page)
@@ -147,6 +158,9 @@ class Router:
         if (replica := self._replicas.get(request.home)) is not None:
             replica.tokens -= request.tokens
             replica.num_waiting -= not request.given
+            replica.adapters[request.adapter] -= 1
+            if not replica.adapters[request.adapter]:
+                del replica.adapters[request.adapter]
 
     def _next(self, number: int) -> str | None:
         """Takes the first of those that wait for a replica."""
@@ -180,6 +194,11 @@ class Router:
         mean = self._ended_tokens // self._ended_samples if self._ended_samples else UNKNOWN_LENGTH
         return min(max_tokens, mean)
 
+    def _until_done(self, request: _Request, replica: _Replica) -> int:
+        """What comes before its own tokens, and with them those of its prompt."""
+        foreign = bool(request.adapter) and request.adapter not in replica.adapters
+        return replica.tokens + self._missing(request, replica) + ADAPTER_TOKENS * foreign
+
     def _missing(self, request: _Request, replica: _Replica) -> int:
         """Tokens of the prompt that a replica has not been meant to compute before."""
         known = 0
@@ -189,8 +208,8 @@ class Router:
             known += self._page_size
         return request.num_prompt - known
 
-    def _pages(self, prompt: list[int]) -> list[int]:
+    def _pages(self, prompt: list[int], adapter: int) -> list[int]:
         pages: list[int] = []
         for end in range(self._page_size, len(prompt) + 1, self._page_size):
-            pages.append(hash((pages[-1] if pages else 0, *prompt[end - self._page_size : end])))
+            pages.append(hash((pages[-1] if pages else adapter, *prompt[end - self._page_size : end])))
         return pages

@@ -16,11 +16,18 @@ from hf_paged.quantization.w4 import W4Linear, pack_codes, unpack_codes
 
 ATTRIBUTE = "_hf_paged_parallel"
 """Where a sharded model keeps its `TensorParallel`."""
+CUTS = "_hf_paged_cuts"
+"""Where it keeps what of its linear layers this rank has."""
 
 
 def parallel_of(lm: nn.Module) -> TensorParallel | None:
     """The group over which a model is sharded; None when it is whole."""
     return lm.__dict__.get(ATTRIBUTE)
+
+
+def cuts_of(lm: nn.Module) -> dict[str, LinearCut]:
+    """Which part of its linear layers this rank holds, by name, of those that are cut."""
+    return lm.__dict__.get(CUTS, {})
 
 
 @torch.no_grad()
@@ -119,7 +126,7 @@ def install(lm: Any, plan: ShardPlan, parallel: TensorParallel) -> None:
         embedding = lm.get_submodule(name)
         embedding.num_embeddings, embedding.padding_idx = end - start, None
         embedding.__dict__["forward"] = Lookup(embedding, start, end, parallel.name)
-    lm.__dict__[ATTRIBUTE] = parallel
+    lm.__dict__[ATTRIBUTE], lm.__dict__[CUTS] = parallel, plan.linears
 
 
 def check_cut(name: str, module: nn.Module, cut: LinearCut) -> None:

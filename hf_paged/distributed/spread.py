@@ -110,8 +110,10 @@ def shares(engine: Engine, requests: Sequence[Request], replicas: int) -> list[l
         num_pages=engine.scheduler.num_pages,
         max_num_seqs=sum(request.sampling.n for request in requests) + 1,  # nothing waits
     )
+    adapters = {0: 0}  # by generation, numbers that are the same on all processes
     for place, request in enumerate(requests):
-        router.add(str(place), (0, place), request.prompt_token_ids, request.sampling.n, request.max_tokens)
+        n, adapter = request.sampling.n, adapters.setdefault(request.adapter_generation, len(adapters))
+        router.add(str(place), (0, place), request.prompt_token_ids, n, request.max_tokens, adapter)
     found: list[list[int]] = [[] for _ in range(replicas)]
     while (taken := router.take()) is not None:
         found[taken[1]].append(int(taken[0]))
@@ -121,7 +123,7 @@ def shares(engine: Engine, requests: Sequence[Request], replicas: int) -> list[l
 def _fingerprint(requests: list[Request]) -> int:
     """Alike in processes with the same prompts and parameters, and hardly ever otherwise."""
     told = [
-        (tuple(r.prompt_token_ids), r.sampling.n, r.max_tokens, r.sampling.temperature, r.sampling.seed)
+        (tuple(r.prompt_token_ids), r.sampling.n, r.max_tokens, r.sampling.temperature, r.sampling.seed, r.adapter_name)
         for r in requests
     ]
     return zlib.crc32(repr(told).encode())

@@ -10,6 +10,7 @@ from hf_paged.engine.intake import Intake
 from hf_paged.engine.loop import Deliver
 from hf_paged.engine.request import Request
 from hf_paged.engine.stats import EngineLoad, EngineStats, StepRecord
+from hf_paged.lora.request import LoRARequest
 from hf_paged.outputs import RequestOutput
 
 
@@ -57,3 +58,9 @@ class FrontEngine(Protocol):
     def weights_updated(self, kv: str = "keep") -> None: ...
 
     def set_tokenizer(self, tokenizer: Any) -> None: ...
+
+    def add_lora(self, lora_request: LoRARequest) -> bool: ...
+
+    def remove_lora(self, lora_int_id: int) -> bool: ...
+
+    def list_loras(self) -> set[int]: ...

@@ -17,7 +17,7 @@ from hf_paged.attention.select import choose_backend, exact_backend
 from hf_paged.attention.shared import SharedPlanner, can_share
 from hf_paged.cache.storage import KVStorage, choose_num_pages, page_bytes
 from hf_paged.config import EngineConfig
-from hf_paged.distributed.shard import parallel_of
+from hf_paged.distributed.shard import cuts_of, parallel_of
 from hf_paged.engine.defaults import default_num_seqs, token_budget, verify_rows
 from hf_paged.engine.executor import Executor
 from hf_paged.lora.layers import LoraLayers
@@ -166,6 +166,8 @@ class HeldModel(Executor):
                 self.layout.kv_dtype,
                 rows,
                 self._fused.groups if self._fused is not None else (),
+                cuts_of(self._lm),
+                self.most_in_flight,
             )
             return AdapterSlots(layers)
 

@@ -192,9 +192,10 @@ class Request:
         self.speculation = speculation
         self.hooks = hooks
         self.form = form
-        self.adapter = adapter
-        self.adapter_generation = 0 if adapter is None else adapter.generation
+        self.adapter: Adapter | None
+        self.adapter_generation: int
         """Whose keys and values are its own; 0 is the model alone."""
+        self.set_adapter(adapter)
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
@@ -236,6 +237,14 @@ class Request:
         self.trace_headers: dict[str, str] = {}
         """W3C Trace Context of whoever asked: "traceparent", "tracestate"."""
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Another one, or none; before anything is computed."""
+        self.adapter = adapter
+        self.adapter_generation = 0 if adapter is None else adapter.generation
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"adapter": None}  # which is too large to go with each; see `lora/travel.py`
 
     @property
     def finished(self) -> bool:

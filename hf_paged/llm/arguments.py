@@ -269,18 +269,12 @@ def _check_world(args: EngineArgs) -> None:
 
 
 def check_parallel(args: EngineArgs) -> None:
-    """Raises ValueError for sizes that make no sense, and for what there is not."""
+    """Raises ValueError for sizes that make no sense."""
     for name in PARALLEL:
         size = getattr(args, name)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
     check_expert_parallel(args.enable_expert_parallel, args.tensor_parallel_size)
-    spread = {name: getattr(args, name) for name in PARALLEL if getattr(args, name) > 1}
-    if spread and args.engine.get("enable_lora"):
-        sizes = ", ".join(f"{name}={size}" for name, size in spread.items())
-        raise ValueError(
-            f"adapters by request (enable_lora) are not served by a model that is spread ({sizes}): leave one out"
-        )
 
 
 def _say_unused(name: str, value: Any) -> None:

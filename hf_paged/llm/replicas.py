@@ -63,9 +63,10 @@ class ReplicatedModel:
         sampling: SamplingParams | Sequence[SamplingParams],
         *,
         progress: bool | None = None,
+        lora_request: many.Lora = None,
     ) -> list[RequestOutput]:
         """As a wrapped model's."""
-        requests = many.make_requests(self.engine, self, prompts, sampling, RequestOutputKind.FINAL_ONLY)
+        requests = many.make_requests(self.engine, self, prompts, sampling, RequestOutputKind.FINAL_ONLY, lora_request)
         return many.generate_many(self.engine, requests, progress)
 
     def stop(self) -> None:

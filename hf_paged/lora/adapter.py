@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ class TargetShape:
     outputs: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter in the host's memory."""
+    """An adapter in the host's memory. A copy in another process has a generation of that one's."""
 
     request: LoRARequest
     generation: int
@@ -52,9 +53,21 @@ class Adapter:
     layers: dict[str, tuple[Tensor, Tensor]]
     """By the layer's name in the model: A `[r, inputs]` and B `[outputs, r]`, B with the adapter's scaling in it."""
 
+    def pinned(self) -> Adapter:
+        """The same one, where a GPU can copy it from while the host goes on."""
+        return replace(self, layers={name: (a.pin_memory(), b.pin_memory()) for name, (a, b) in self.layers.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As bytes: a connection would leave tensors in memory that only a process and its own children share.
+        return _arrived, (self.request, pickle.dumps(self.layers))
+
+
+def _arrived(request: LoRARequest, layers: bytes) -> Adapter:
+    return Adapter(request, next(_generations), pickle.loads(layers))
+
 
 def read_adapter(
-    request: LoRARequest, targets: Mapping[str, TargetShape], *, max_rank: int, dtype: torch.dtype, pin: bool = False
+    request: LoRARequest, targets: Mapping[str, TargetShape], *, max_rank: int, dtype: torch.dtype
 ) -> Adapter:
     """Reads an adapter; all names and shapes are checked before a tensor is.
 
@@ -62,7 +75,6 @@ def read_adapter(
         targets: the model's layers that can be adapted, by name.
         max_rank: the highest rank that there is room for.
         dtype: of the tensors that are made of the file's.
-        pin: put them where a GPU can copy them from while the host goes on.
 
     Raises:
         FileNotFoundError: no such folder or files.
@@ -82,8 +94,6 @@ def read_adapter(
         raise ValueError(f"{where}: {TENSORS} cannot be read ({error})") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if pin:
-        layers = {name: (a.pin_memory(), b.pin_memory()) for name, (a, b) in layers.items()}
     return Adapter(request, next(_generations), layers)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,12 +22,15 @@ class AdapterCache:
     """Reads adapters when they are first asked for, and keeps the most recently used.
 
     Requests hold the adapter that they run with, so one that is dropped, removed or read anew under way stays in memory
-    until the last of them is done. Any number of threads may call.
+    until the last of them is done. Any number of threads may call. A pickle is of an empty cache with the same limits,
+    for a process without a device.
 
     Args:
         targets: the layers that can be adapted.
         max_adapters: how many are kept.
-        max_rank, dtype, pin: as in `read_adapter`.
+        max_rank, dtype: as in `read_adapter`.
+        pin: keep them where a GPU can copy them from while the host goes on.
+        share: does a reading where several processes are to have the same; see `lockstep.read_for_all`.
     """
 
     def __init__(
@@ -35,9 +41,11 @@ class AdapterCache:
         max_rank: int,
         dtype: torch.dtype,
         pin: bool = False,
+        share: Callable[[Callable[[], Adapter]], Adapter] | None = None,
     ) -> None:
         self._targets, self._max_adapters = targets, max_adapters
         self._max_rank, self._dtype, self._pin = max_rank, dtype, pin
+        self._share = share
         self._lock = threading.Lock()
         self._adapters: OrderedDict[int, Adapter] = OrderedDict()
         """The least recently used first."""
@@ -59,7 +67,10 @@ class AdapterCache:
                     )
                 self._adapters.move_to_end(request.lora_int_id)
                 return held
-            adapter = read_adapter(request, self._targets, max_rank=self._max_rank, dtype=self._dtype, pin=self._pin)
+            read = functools.partial(read_adapter, request, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+            adapter = read() if self._share is None else replace(self._share(read), request=request)
+            if self._pin:
+                adapter = adapter.pinned()
             self._adapters[request.lora_int_id] = adapter
             self._adapters.move_to_end(request.lora_int_id)
             if len(self._adapters) > self._max_adapters:
@@ -76,3 +87,9 @@ class AdapterCache:
         """Of the adapters that are here."""
         with self._lock:
             return set(self._adapters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        empty = functools.partial(
+            AdapterCache, self._targets, max_adapters=self._max_adapters, max_rank=self._max_rank, dtype=self._dtype
+        )
+        return empty, ()

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_paged.distributed.plan import LinearCut
 from hf_paged.lora.adapter import Adapter, TargetShape
 from hf_paged.lora.operator import add_adapters
 from hf_paged.model.buffers import PackedBuffer
@@ -42,6 +43,9 @@ class LoraLayers:
         max_rows: of a step.
         groups: layers that are fused (see `FusedLinears.groups`). Where they are not any more, or not in some forwards,
             each is given its part by itself.
+        cuts: layers of which this process has a part, by name. It has that of adapters too: where outputs are cut the
+            rows of B, where inputs are cut the columns of A, whose products are then summed with the layer's own.
+        in_flight: steps that may be launched before the first of them has ended.
 
     Raises:
         ValueError: the model has adapters of PEFT's in it, or no linear layers.
@@ -56,6 +60,8 @@ class LoraLayers:
         dtype: torch.dtype,
         max_rows: int,
         groups: Sequence[Sequence[nn.Module]] = (),
+        cuts: Mapping[str, LinearCut] | None = None,
+        in_flight: int = 2,
     ) -> None:
         if any(hasattr(module, "base_layer") for module in lm.modules()):
             raise ValueError(
@@ -65,11 +71,13 @@ class LoraLayers:
         device = next(lm.parameters()).device
         self.num_slots = num_slots
         self.device, self.dtype = device, dtype
-        self.rows = PackedBuffer({"order": (torch.int32, max_rows), "starts": (torch.int32, num_slots + 1)}, device)
+        fields = {"order": (torch.int32, max_rows), "starts": (torch.int32, num_slots + 1)}
+        self.rows = PackedBuffer(fields, device, in_flight)
         """Which rows of a step are whose, as `add_adapters` has it."""
         # These, A and B are parameters, so that the compiler takes their shapes for constants like those of the others.
         self.order, self.starts = (nn.Parameter(t, requires_grad=False) for t in self.rows.device.values())
         self._lm = lm
+        self._cuts = cuts or {}
         self._thread = 0
         """Whose forward has adapters; 0 is nobody's."""
         self._stand_ins: dict[str, Any] = {}
@@ -90,8 +98,11 @@ class LoraLayers:
 
     @property
     def targets(self) -> dict[str, TargetShape]:
-        """The layers, by their names in the model."""
-        return {name: TargetShape(s.linear.in_features, s.linear.out_features) for name, s in self._stand_ins.items()}
+        """The layers, whole, by their names in the model."""
+        own = {name: (s.linear.in_features, s.linear.out_features) for name, s in self._stand_ins.items()}
+        return {
+            name: TargetShape(*(self._cuts[name].whole if name in self._cuts else shape)) for name, shape in own.items()
+        }
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -104,8 +115,9 @@ class LoraLayers:
             a[rank:].zero_()
             b[:, rank:].zero_()
             if found is not None:
-                a[:rank].copy_(found[0], non_blocking=True)
-                b[:, :rank].copy_(found[1], non_blocking=True)
+                own_a, own_b = _part(*found, self._cuts.get(name))
+                a[:rank].copy_(own_a, non_blocking=True)
+                b[:, :rank].copy_(own_b, non_blocking=True)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -262,6 +274,16 @@ class _Group:
         """Holds no weights any more."""
         self._product = None
         self._slices = []
+
+
+def _part(a: Tensor, b: Tensor, cut: LinearCut | None) -> tuple[Tensor, Tensor]:
+    """What belongs to a part of a layer, of an adapter for the whole one."""
+    if cut is None:
+        return a, b
+    if cut.inputs is not None:
+        return a[:, slice(*cut.inputs)], b
+    rows = [b[start:end] for start, end in cut.outputs or ()]
+    return a, rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _is_plain(module: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from hf_paged.engine.engine import Engine
+from hf_paged.engine.front import FrontEngine
 from hf_paged.integrations.openai_server.errors import ApiError
 from hf_paged.integrations.openai_server.protocol import LoadLoraRequest, UnloadLoraRequest
 from hf_paged.lora.request import LoRARequest
@@ -24,7 +24,7 @@ class Adapters:
         ValueError, FileNotFoundError: one of them cannot be had.
     """
 
-    def __init__(self, engine: Engine, given: list[LoRARequest]) -> None:
+    def __init__(self, engine: FrontEngine, given: list[LoRARequest]) -> None:
         self._engine = engine
         self._changing = threading.Lock()
         self._last = max((request.lora_int_id for request in given), default=0)

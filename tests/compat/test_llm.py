@@ -32,7 +32,6 @@ def tokens(outputs: Any) -> list[list[int]]:
         ({"data_parallel_size": 0}, ValueError, "positive integer"),
         ({"pipeline_parallel_size": 0}, ValueError, "positive integer"),
         ({"enable_lora": True, "max_loras": 0}, ValueError, "max_loras must be a positive integer"),
-        ({"enable_lora": True, "tensor_parallel_size": 2}, ValueError, "adapters by request"),
         ({"fully_sharded_loras": True}, ValueError, "fully_sharded_loras=True cannot be had"),
         ({"cpu_offload_gb": 4}, ValueError, "cpu_offload_gb=4"),
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization"),

@@ -434,9 +434,10 @@ JOBS: dict[str, Callable[..., Any]] = {
 def main(job: str, out: str, *args: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    from expert_jobs import JOBS as EXPERT_JOBS  # which takes from here
+    from expert_jobs import JOBS as EXPERT_JOBS  # which take from here
+    from lora_jobs import JOBS as LORA_JOBS
 
-    result = (JOBS | EXPERT_JOBS)[job](join(size, "cpu", timeout_s=60), Path(out), *args)
+    result = (JOBS | EXPERT_JOBS | LORA_JOBS)[job](join(size, "cpu", timeout_s=60), Path(out), *args)
     Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(result))
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
-from hf_paged import CompletionOutput, RequestOutput, SamplingParams
+from hf_paged import CompletionOutput, LoRARequest, RequestOutput, SamplingParams
 from hf_paged.distributed.errors import ReplicaLost
 from hf_paged.distributed.replica import Facts
 from hf_paged.distributed.replicated import ReplicatedEngine
+from hf_paged.engine.request import Request
+from hf_paged.lora.adapter import Adapter
 from hf_paged.sampling_params import RequestOutputKind
 
 FACTS = Facts(
     config=None, generation_config=None, tokenizer=None, vocab_size=100, max_model_len=64,
-    eos_token_ids=frozenset(), logprobs_mode="raw_logprobs", speculation=None,
+    eos_token_ids=frozenset(), logprobs_mode="raw_logprobs", speculation=None, adapters=None,
     num_pages=16, page_size=4, max_num_seqs=2,
 )  # fmt: skip
 WHOLE = SamplingParams(max_tokens=4, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -80,6 +82,22 @@ def test_a_request_that_ends_its_replicas(engine: Any, fakes: list[Fake]) -> Non
     having(fakes, other).tell(other)
     [output] = engine.step()
     assert output.error is None and output.prompt_token_ids == [1, 2, 3] and not engine.has_unfinished()
+
+
+def test_an_adapter_goes_where_its_requests_go(engine: Any, fakes: list[Fake]) -> None:
+    """Once to each replica, to one that takes over from a lost one too."""
+
+    def arriving(fake: Fake) -> list[list[int]]:
+        return [list(message[3].arriving) for message in fake.sent if message[0] == "add"]
+
+    adapter = Adapter(LoRARequest("a", 1, "somewhere"), 7, {})
+    for name in "ab":
+        engine.submit([Request(name, [1, 2, 3], WHOLE, adapter=adapter)])
+    first = having(fakes, "a")
+    assert first is having(fakes, "b") and arriving(first) == [[7], []]
+    first.end()
+    second = having(fakes, "a")
+    assert second is having(fakes, "b") and arriving(second) == [[7], []]
 
 
 def test_a_stream_is_not_begun_again(engine: Any, fakes: list[Fake]) -> None:

@@ -185,3 +185,26 @@ def test_what_was_given_comes_back(seed: int) -> None:
     for name in [*there, *waiting]:
         router.done(name)
     assert all(replica.tokens == 0 == replica.num_waiting for replica in router._replicas.values())
+
+
+def test_requests_with_an_adapter_meet_until_others_have_much_less_to_do() -> None:
+    router = make_router(max_num_seqs=64)
+
+    def add_adapted(name: str, adapter: int) -> int:
+        router.add(name, (0, len(router._requests)), [7] * 3, 1, 17, adapter)
+        return take_all(router)[name]
+
+    assert [add_adapted(f"a{n}", 1) for n in range(4)] == [0] * 4
+    assert [add_adapted(f"b{n}", 2) for n in range(4)] == [1] * 4
+    assert add_adapted("c", 1) == 0
+    found = [add_adapted(f"more {n}", 1) for n in range(20)]
+    assert found[0] == 0 and 1 in found, "the adapter comes to the other one too, when that has much less to do"
+    for name in list(router._requests):
+        router.done(name)
+    assert not any(replica.adapters for replica in router._replicas.values())
+
+
+def test_adapters_have_no_beginning_in_common() -> None:
+    router = make_router()
+    pages = [router._pages([1] * 12, adapter) for adapter in (0, 1, 2)]
+    assert len({page for each in pages for page in each}) == 9

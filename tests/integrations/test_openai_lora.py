@@ -258,7 +258,6 @@ def test_options(tmp_path: Path) -> None:
         ('m --enable-lora --lora-modules {"name":"a"}', "a name, a path"),
         ("m --enable-lora --max-loras 0", "max_loras"),
         ("m --enable-lora --max-loras 4 --max-cpu-loras 2", "max_cpu_loras"),
-        ("m --enable-lora --tensor-parallel-size 2", "tensor_parallel_size=2"),
         ("m --enable-lora --exact", "exact=True cannot be had with enable_lora"),
     ],
 )
