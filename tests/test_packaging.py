@@ -84,3 +84,9 @@ def test_wheel_imports_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None
         site / "hf_paged" / "__init__.py",
         site / "hf_paged" / "kernels" / "reference.py",
     ]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Without packages, pytest takes the second for the first."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
