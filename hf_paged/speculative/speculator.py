@@ -21,8 +21,9 @@ FORCED = "forced"
 """The method of drafts that a form leaves no choice about (jump-forward decoding; Zheng et al., "SGLang: Efficient
 Execution of Structured Language Model Programs", arXiv 2312.07104). A text may be cut into tokens in several ways, so
 these are verified like all others."""
-FEW_SEQS = 16
-"""Up to so many sequences, looking ahead is given up for what is forced."""
+ROWS_PER_JUMP = 8
+"""Of those that cost little more than one, per running sequence, at least: with fewer, a step is so large that rows of
+forced tokens, of which about half are accepted where JSON may have blanks, cost what they bring."""
 WORTH = 0.25
 """Forced tokens per running sequence from which on that pays: the device waits for the host once."""
 LIKELY = 0.2
@@ -126,7 +127,7 @@ class Speculator:
 
     def must_jump(self, running: list[Sequence]) -> bool:
         """Whether forms force so much, beyond the token that is on its way, that it is better drafted at once."""
-        if not self._forms or len(running) > min(FEW_SEQS, self.max_rows - 1):
+        if not self._may_jump(running):
             return False
         forced = sum(
             max(len(self._forced_after(sequence)) - sequence.num_pending, 0)
@@ -139,7 +140,7 @@ class Speculator:
         """Drafts for those of the running sequences that decode; all their tokens are known."""
         rows = self.max_rows - len(running)
         decoding = [sequence for sequence in running if _decodes(sequence)] if rows > 0 else []
-        drafts = self._jump(decoding, rows) if self._forms else {}
+        drafts = self._jump(decoding, rows) if self._may_jump(running) else {}
         self._forced = set(drafts)
         if not self.wants(len(running)):
             return drafts
@@ -154,6 +155,9 @@ class Speculator:
             drafts |= {sequence: draft for sequence, draft in zip(sequences, found, strict=True) if draft}
             rows -= sum(map(len, found))
         return drafts
+
+    def _may_jump(self, running: list[Sequence]) -> bool:
+        return bool(self._forms) and ROWS_PER_JUMP * len(running) <= self.max_rows
 
     def _jump(self, decoding: list[Sequence], rows: int) -> dict[Sequence, list[int]]:
         """What forms force, where anything is."""

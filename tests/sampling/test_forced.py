@@ -31,7 +31,9 @@ def model() -> Any:
         bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS,
     )  # fmt: skip
     lm = LlamaForCausalLM(config).eval()
-    return hf_paged.wrap(lm, tokenizer=byte_tokenizer(), page_size=16, num_pages=128, max_num_seqs=16)
+    wrapped = hf_paged.wrap(lm, tokenizer=byte_tokenizer(), page_size=16, num_pages=128, max_num_seqs=16)
+    wrapped.engine.speculator.max_rows = 128  # batches of all sizes jump
+    return wrapped
 
 
 def sampling(**form: Any) -> SamplingParams:

@@ -160,7 +160,7 @@ def test_what_is_forced_costs_few_steps(bytewise: Any, lookahead: bool, speculat
     for jumps in (True, False):
         options = OPTIONS | {"async_scheduling": lookahead, "speculative_config": speculation}
         model = hf_paged.wrap(bytewise, tokenizer=byte_tokenizer(), **options)
-        model.engine.speculator._jumps = jumps
+        model.engine.speculator._jumps, model.engine.speculator.max_rows = jumps, 64
         outputs = model.generate_many(["The sea"] * 4, params)
         found.append([(s.text, s.finish_reason, s.cumulative_logprob) for o in outputs for s in o.outputs])
         steps.append(model.engine.stats.steps)
