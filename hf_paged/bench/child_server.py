@@ -109,7 +109,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else prints does so to standard error
     served = ServedModel(**json.loads(sys.argv[1]))
     app = make_app(served.load(), ServerOptions(max_queued_requests=100_000), name=served.name)
-    listening = socket.socket()
+    listening = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio takes it for no TCP, and packets wait for others
     listening.bind(("127.0.0.1", 0))
     out.write(f"{listening.getsockname()[1]}\n")
     out.close()
