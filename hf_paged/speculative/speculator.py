@@ -138,11 +138,12 @@ class Speculator:
 
     def propose(self, running: list[Sequence]) -> dict[Sequence, list[int]]:
         """Drafts for those of the running sequences that decode; all their tokens are known."""
+        jumps, wants = self._may_jump(running), self.wants(len(running))
         rows = self.max_rows - len(running)
-        decoding = [sequence for sequence in running if _decodes(sequence)] if rows > 0 else []
-        drafts = self._jump(decoding, rows) if self._may_jump(running) else {}
+        decoding = [sequence for sequence in running if _decodes(sequence)] if jumps or wants else []
+        drafts = self._jump(decoding, rows) if jumps else {}
         self._forced = set(drafts)
-        if not self.wants(len(running)):
+        if not wants:
             return drafts
         rows -= sum(map(len, drafts.values()))
         groups: dict[SpeculativeConfig, list[Sequence]] = {}

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling.bytewise import EOS, VOCAB, byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from sampling.bytewise import EOS, VOCAB, byte_model, byte_tokenizer
 
 import hf_paged
 from hf_paged import SamplingParams
@@ -23,15 +22,7 @@ xgrammar = pytest.importorskip("xgrammar")
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A model of bytes, each of which is a token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS,
-    )  # fmt: skip
-    lm = LlamaForCausalLM(config).eval()
-    wrapped = hf_paged.wrap(lm, tokenizer=byte_tokenizer(), page_size=16, num_pages=128, max_num_seqs=16)
+    wrapped = hf_paged.wrap(byte_model(), tokenizer=byte_tokenizer(), page_size=16, num_pages=128, max_num_seqs=16)
     wrapped.engine.speculator.max_rows = 128  # batches of all sizes jump
     return wrapped
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from sampling.bytewise import EOS, VOCAB, byte_tokenizer
+from sampling.bytewise import byte_model, byte_tokenizer
 from speculative.drafters import Always
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import hf_paged
 from hf_paged import SamplingParams
@@ -135,14 +135,7 @@ def test_drafts_change_no_token(tiny_checkpoint: str, model: Any) -> None:
 
 @pytest.fixture(scope="module")
 def bytewise() -> Any:
-    """A model of bytes, each of which is a token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return byte_model()
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
